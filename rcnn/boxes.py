@@ -1,0 +1,139 @@
+"""Box geometry in plain torch: area, IoU, clipping, encoding and decoding.
+
+Boxes are ``(..., 4)`` tensors ``x1, y1, x2, y2`` in continuous pixels: the area is ``(x2 - x1) * (y2 - y1)``,
+with no ``+ 1``. The order of the operations here is a contract: the CUDA twins in ``kernels/box.cuh`` repeat it
+so that areas, IoU and clipping are the same bits on every device.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: The largest ``dw`` or ``dh`` that :func:`decode` exponentiates: a box grows by at most 1000 / 16 in one step
+#: (torchvision and detectron2 use the same bound).
+MAX_LOG_SCALE = math.log(1000.0 / 16)
+
+
+def area(boxes: Tensor) -> Tensor:
+    """Area of each box.
+
+    Args:
+        boxes: ``(..., 4)`` float, pixels.
+
+    Returns:
+        ``(...)`` float, square pixels; negative or zero for a reversed or empty box.
+    """
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def intersection(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """Area shared by each pair of boxes, by broadcasting.
+
+    Args:
+        boxes1: ``(..., 4)`` float, pixels.
+        boxes2: ``(..., 4)`` float, pixels, broadcastable against ``boxes1``.
+
+    Returns:
+        ``(...)`` float, square pixels, never negative.
+    """
+    width = torch.minimum(boxes1[..., 2], boxes2[..., 2]) - torch.maximum(boxes1[..., 0], boxes2[..., 0])
+    height = torch.minimum(boxes1[..., 3], boxes2[..., 3]) - torch.maximum(boxes1[..., 1], boxes2[..., 1])
+    return width.clamp_(min=0) * height.clamp_(min=0)
+
+
+def iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """Intersection over union of each pair of boxes, by broadcasting.
+
+    ``inter / ((area1 + area2) - inter)`` in the input's precision; 0 where the boxes do not overlap, so two empty
+    boxes give 0 and not NaN.
+
+    Args:
+        boxes1: ``(..., 4)`` float, pixels. Use ``boxes1[:, None]`` and ``boxes2[None]`` for all pairs.
+        boxes2: ``(..., 4)`` float, pixels, broadcastable against ``boxes1``.
+
+    Returns:
+        ``(...)`` float in 0..1.
+    """
+    inter = intersection(boxes1, boxes2)
+    union = (area(boxes1) + area(boxes2)) - inter
+    return torch.where(inter > 0, inter / union, torch.zeros_like(inter))
+
+
+def clip(boxes: Tensor, image_sizes: Tensor) -> Tensor:
+    """Move the corners that lie outside an image onto its border.
+
+    Args:
+        boxes: ``(B, ..., 4)`` float, pixels.
+        image_sizes: ``(B, 2)`` float, height and width of each image in pixels.
+
+    Returns:
+        A new tensor like ``boxes`` with x in 0..width and y in 0..height of its image.
+    """
+    shape = (image_sizes.shape[0],) + (1,) * (boxes.dim() - 2)
+    height, width = image_sizes[:, 0].reshape(shape), image_sizes[:, 1].reshape(shape)
+    zero = boxes.new_zeros(())
+    return torch.stack(
+        (
+            boxes[..., 0].clamp(min=zero, max=width),
+            boxes[..., 1].clamp(min=zero, max=height),
+            boxes[..., 2].clamp(min=zero, max=width),
+            boxes[..., 3].clamp(min=zero, max=height),
+        ),
+        dim=-1,
+    )
+
+
+def encode(boxes: Tensor, targets: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
+    """Deltas that move ``boxes`` onto ``targets``.
+
+    ``dx = wx * (cx_t - cx) / w``, ``dy`` likewise, ``dw = ww * log(w_t / w)``, ``dh`` likewise.
+
+    Args:
+        boxes: ``(..., 4)`` float, reference boxes (anchors or proposals) of positive width and height, pixels.
+        targets: ``(..., 4)`` float, ground-truth boxes of positive width and height, pixels.
+        weights: factors of dx, dy, dw, dh; (10, 10, 5, 5) in the RoI head, so that deltas have about unit variance.
+
+    Returns:
+        ``(..., 4)`` float, dx, dy, dw, dh, without unit.
+
+    Source:
+        Ren et al., Faster R-CNN (2015), equation 2; weights as in Girshick, Fast R-CNN, section 2.3.
+    """
+    width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
+    target_width, target_height = targets[..., 2] - targets[..., 0], targets[..., 3] - targets[..., 1]
+    center_x, center_y = boxes[..., 0] + 0.5 * width, boxes[..., 1] + 0.5 * height
+    target_x, target_y = targets[..., 0] + 0.5 * target_width, targets[..., 1] + 0.5 * target_height
+    wx, wy, ww, wh = weights
+    return torch.stack(
+        (
+            wx * (target_x - center_x) / width,
+            wy * (target_y - center_y) / height,
+            ww * torch.log(target_width / width),
+            wh * torch.log(target_height / height),
+        ),
+        dim=-1,
+    )
+
+
+def decode(deltas: Tensor, boxes: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
+    """Apply deltas to boxes; the inverse of :func:`encode`, with ``dw`` and ``dh`` bounded by ``MAX_LOG_SCALE``.
+
+    Args:
+        deltas: ``(..., 4)`` float, dx, dy, dw, dh.
+        boxes: ``(..., 4)`` float, reference boxes, pixels, broadcastable against ``deltas``.
+        weights: the factors given to :func:`encode`.
+
+    Returns:
+        ``(..., 4)`` float, boxes in pixels, not clipped to any image.
+    """
+    wx, wy, ww, wh = weights
+    width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
+    center_x = (deltas[..., 0] / wx) * width + (boxes[..., 0] + 0.5 * width)
+    center_y = (deltas[..., 1] / wy) * height + (boxes[..., 1] + 0.5 * height)
+    half_width = 0.5 * (torch.exp((deltas[..., 2] / ww).clamp(max=MAX_LOG_SCALE)) * width)
+    half_height = 0.5 * (torch.exp((deltas[..., 3] / wh).clamp(max=MAX_LOG_SCALE)) * height)
+    return torch.stack(
+        (center_x - half_width, center_y - half_height, center_x + half_width, center_y + half_height), dim=-1
+    )

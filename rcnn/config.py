@@ -1,0 +1,364 @@
+"""Configuration: what can be set, its unit, its default and where the default comes from.
+
+A field whose default is ``None`` takes the value of the model's recipe (:data:`RECIPES`); :func:`resolve` fills it in, and
+the run folder's ``config.yaml`` holds the filled values.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar
+
+_T = TypeVar("_T")
+
+ModelName = Literal["tiny", "resnet18_fpn", "resnet50_fpn", "vgg16"]
+
+
+@dataclass
+class RPNConfig:
+    """Region proposal network.
+
+    Args:
+        anchor_sizes: side of the square anchors of each pyramid level, pixels; one list per level.
+        aspect_ratios: height / width of the anchors, the same on each level.
+        pre_nms_top_n_train: boxes per level and image that enter NMS in training.
+        pre_nms_top_n_test: boxes per level and image that enter NMS in detection.
+        post_nms_top_n_train: proposals per image in training.
+        post_nms_top_n_test: proposals per image in detection.
+        nms_threshold: IoU above which the lower-scored proposal goes.
+        high_threshold: IoU from which an anchor is positive.
+        low_threshold: IoU under which an anchor is negative.
+        batch_size_per_image: anchors per image in the loss.
+        positive_fraction: at most this share of them positive.
+        allowed_border: pixels by which an anchor may leave the image and still train; negative: any anchor trains.
+    """
+
+    anchor_sizes: list[list[float]] | None = None
+    aspect_ratios: list[float] | None = None
+    pre_nms_top_n_train: int | None = None
+    pre_nms_top_n_test: int | None = None
+    post_nms_top_n_train: int | None = None
+    post_nms_top_n_test: int | None = None
+    nms_threshold: float = 0.7
+    high_threshold: float = 0.7
+    low_threshold: float = 0.3
+    batch_size_per_image: int | None = None
+    positive_fraction: float = 0.5
+    allowed_border: float | None = None
+
+
+@dataclass
+class RoIConfig:
+    """Region-of-interest head and the detections made from it.
+
+    Args:
+        high_threshold: IoU from which a proposal is positive.
+        low_threshold: IoU under which a proposal is background; between the two it is left out.
+        batch_size_per_image: proposals per image in the loss.
+        positive_fraction: at most this share of them positive.
+        dropout: share of the units of the two hidden layers dropped in training.
+        score_threshold: detections with a lower score are not returned.
+        nms_threshold: IoU above which the lower-scored detection of the same class goes.
+        detections_per_image: at most this many detections per image.
+    """
+
+    high_threshold: float = 0.5
+    low_threshold: float = 0.5
+    batch_size_per_image: int | None = None
+    positive_fraction: float = 0.25
+    dropout: float | None = None
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.5
+    detections_per_image: int = 100
+
+
+@dataclass
+class ModelConfig:
+    """The detector.
+
+    Args:
+        name: which detector.
+        weights: file of weights to start from, .pth or .safetensors: a trunk published by torchvision, or a
+            checkpoint of this project.
+        frozen_stages: trunk stages, from the input on, that do not train; a ResNet has 5, VGG-16 has 5.
+        min_size: shorter side of the image as the network sees it, pixels.
+        max_size: longer side of it at most, pixels.
+        rpn: region proposal network.
+        roi: region-of-interest head.
+    """
+
+    name: ModelName = "tiny"
+    weights: str | None = None
+    frozen_stages: int | None = None
+    min_size: int | None = None
+    max_size: int | None = None
+    rpn: RPNConfig = field(default_factory=RPNConfig)
+    roi: RoIConfig = field(default_factory=RoIConfig)
+
+
+@dataclass
+class OptimConfig:
+    """Optimiser and learning rate.
+
+    Args:
+        name: optimiser.
+        lr: learning rate for ``base_batch_size`` images per step; scaled in proportion to the images that a step has.
+        base_batch_size: images per step that ``lr`` is meant for; 0 takes ``lr`` as it is.
+        momentum: of SGD.
+        weight_decay: of the weights; norms and biases included.
+        schedule: cosine to zero; multistep at ``milestones``; step every ``step_size`` epochs.
+        warmup: share of all steps over which the learning rate rises from zero.
+        milestones: shares of all steps at which multistep multiplies by ``gamma``.
+        step_size: epochs between two steps of the step schedule.
+        gamma: factor of multistep and step.
+        clip_norm: the gradient's norm is cut to this; 0 never cuts.
+    """
+
+    name: Literal["sgd", "adamw"] | None = None
+    lr: float | None = None
+    base_batch_size: int | None = None
+    momentum: float = 0.9
+    weight_decay: float | None = None
+    schedule: Literal["cosine", "multistep", "step"] | None = None
+    warmup: float | None = None
+    milestones: list[float] = field(default_factory=lambda: [0.67, 0.89])
+    step_size: int = 1
+    gamma: float | None = None
+    clip_norm: float | None = None
+
+
+@dataclass
+class LoaderConfig:
+    """How images reach the network.
+
+    Args:
+        batch_size: images per step and process.
+        workers: loading processes; -1: one for every two cores, at most 8.
+        flip: probability of a horizontal flip in training.
+        vertical_flip: probability of a vertical flip in training.
+        color: strength of the brightness, contrast and saturation jitter in training, 0..1.
+        scale: range of the random zoom in training, as a factor on ``min_size``.
+    """
+
+    batch_size: int | None = None
+    workers: int = -1
+    flip: float = 0.5
+    vertical_flip: float = 0.0
+    color: float | None = None
+    scale: tuple[float, float] | None = None
+
+
+@dataclass
+class TrainConfig:
+    """A training run.
+
+    Args:
+        data: folder in VOC or COCO layout; empty: the generated flower data set.
+        train_split: image set that trains.
+        val_split: image set that is evaluated after each epoch.
+        out: run folder; empty: runs/NAME-DATE-TIME.
+        epochs: times that each training image is seen.
+        seed: of initial weights, order, augmentation and sampling.
+        device: where to train; auto takes a GPU if there is one.
+        resume: go on from the run folder's last checkpoint.
+        strict: stop at the first bad image or object instead of skipping and reporting it.
+        one_based: VOC corners count from 1 and include both ends (the format's rule); false: taken as they are.
+        val_interval: epochs between two evaluations; the last epoch is always evaluated.
+        log_interval: steps between two lines of the log.
+        model: the detector.
+        optim: optimiser and learning rate.
+        loader: batches and augmentation.
+    """
+
+    data: str = ""
+    train_split: str = "train"
+    val_split: str = "val"
+    out: str = ""
+    epochs: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    resume: bool = False
+    strict: bool = False
+    one_based: bool = True
+    val_interval: int | None = None
+    log_interval: int = 10
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+
+
+def _pyramid(sizes: list[float], pre: tuple[int, int], post: tuple[int, int], batch: int) -> RPNConfig:
+    return RPNConfig(
+        anchor_sizes=[[s] for s in sizes],
+        aspect_ratios=[0.5, 1.0, 2.0],
+        pre_nms_top_n_train=pre[0],
+        pre_nms_top_n_test=pre[1],
+        post_nms_top_n_train=post[0],
+        post_nms_top_n_test=post[1],
+        batch_size_per_image=batch,
+        allowed_border=-1.0,
+    )
+
+
+# torchvision's detection references: SGD 0.02 for 16 images, 1e-4, 26 epochs of which the rate drops after 16 and 22.
+_REFERENCE_OPTIM = OptimConfig(
+    name="sgd",
+    lr=0.02,
+    base_batch_size=16,
+    weight_decay=1e-4,
+    schedule="multistep",
+    warmup=0.01,
+    gamma=0.1,
+    clip_norm=0.0,
+)
+_REFERENCE_LOADER = LoaderConfig(batch_size=2, color=0.0, scale=(1.0, 1.0))
+_REFERENCE_ROI = RoIConfig(batch_size_per_image=512, dropout=0.0)
+
+#: What a model's unset fields become. Sources: torchvision's ``fasterrcnn_resnet50_fpn`` and its training reference for
+#: the pyramid models; Ren et al. (2015) and the original project's tutorial for vgg16; trials on two cores for tiny.
+RECIPES: dict[str, TrainConfig] = {
+    "tiny": TrainConfig(
+        epochs=24,
+        val_interval=4,
+        model=ModelConfig(
+            frozen_stages=0,
+            min_size=240,
+            max_size=320,
+            rpn=_pyramid([24, 48, 96, 192], (600, 300), (300, 150), 128),
+            roi=RoIConfig(batch_size_per_image=96, dropout=0.0),
+        ),
+        optim=OptimConfig(
+            name="adamw",
+            lr=1e-3,
+            base_batch_size=8,
+            weight_decay=0.05,
+            schedule="cosine",
+            warmup=0.06,
+            gamma=0.1,
+            clip_norm=5.0,
+        ),
+        loader=LoaderConfig(batch_size=8, color=0.4, scale=(0.8, 1.2)),
+    ),
+    **{
+        name: TrainConfig(
+            epochs=26,
+            val_interval=1,
+            model=ModelConfig(
+                frozen_stages=frozen,
+                min_size=800,
+                max_size=1333,
+                rpn=_pyramid([32, 64, 128, 256, 512], (2000, 1000), (2000, 1000), 256),
+                roi=_REFERENCE_ROI,
+            ),
+            optim=_REFERENCE_OPTIM,
+            loader=_REFERENCE_LOADER,
+        )
+        for name, frozen in (("resnet18_fpn", 2), ("resnet50_fpn", 2))
+    },
+    "vgg16": TrainConfig(
+        epochs=10,
+        val_interval=1,
+        model=ModelConfig(
+            frozen_stages=2,
+            min_size=600,
+            max_size=1000,
+            rpn=RPNConfig(
+                anchor_sizes=[[64, 128, 256, 512]],
+                aspect_ratios=[0.5, 1.0, 2.0],
+                pre_nms_top_n_train=12000,
+                pre_nms_top_n_test=6000,
+                post_nms_top_n_train=2000,
+                post_nms_top_n_test=300,
+                batch_size_per_image=256,
+                allowed_border=0.0,
+            ),
+            roi=RoIConfig(batch_size_per_image=128, dropout=0.5),
+        ),
+        optim=OptimConfig(
+            name="sgd",
+            lr=1e-3,
+            base_batch_size=2,
+            weight_decay=5e-4,
+            schedule="step",
+            warmup=0.01,
+            gamma=0.8,
+            clip_norm=10.0,
+        ),
+        loader=LoaderConfig(batch_size=2, color=0.0, scale=(1.0, 1.0)),
+    ),
+}
+
+
+def _fill(config: _T, recipe: Any) -> _T:
+    changes: dict[str, Any] = {}
+    for f in fields(config):  # type: ignore[arg-type]
+        value, default = getattr(config, f.name), getattr(recipe, f.name)
+        if is_dataclass(value):
+            changes[f.name] = _fill(value, default)
+        elif value is None and default is not None:
+            changes[f.name] = default
+    return replace(config, **changes)  # type: ignore[type-var]
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """The configuration with every unset field taken from the recipe of ``config.model.name``.
+
+    Raises:
+        ValueError: the model's name is not known, or a value is out of its range.
+    """
+    if config.model.name not in RECIPES:
+        raise ValueError(f"model.name must be one of {', '.join(RECIPES)}, got {config.model.name!r}")
+    config = _fill(config, RECIPES[config.model.name])
+    _check(config)
+    return config
+
+
+def resolve_model(config: ModelConfig) -> ModelConfig:
+    """The model's part of :func:`resolve`."""
+    return resolve(TrainConfig(model=config)).model
+
+
+def _check(config: TrainConfig) -> None:
+    model, optim, loader = config.model, config.optim, config.loader
+    fractions = {
+        "model.rpn.positive_fraction": model.rpn.positive_fraction,
+        "model.rpn.nms_threshold": model.rpn.nms_threshold,
+        "model.rpn.high_threshold": model.rpn.high_threshold,
+        "model.rpn.low_threshold": model.rpn.low_threshold,
+        "model.roi.positive_fraction": model.roi.positive_fraction,
+        "model.roi.high_threshold": model.roi.high_threshold,
+        "model.roi.low_threshold": model.roi.low_threshold,
+        "model.roi.nms_threshold": model.roi.nms_threshold,
+        "model.roi.score_threshold": model.roi.score_threshold,
+        "model.roi.dropout": model.roi.dropout,
+        "optim.warmup": optim.warmup,
+        "loader.flip": loader.flip,
+        "loader.vertical_flip": loader.vertical_flip,
+        "loader.color": loader.color,
+    }
+    for name, value in fractions.items():
+        if not 0 <= value <= 1:  # type: ignore[operator]
+            raise ValueError(f"{name} must be between 0 and 1, got {value}")
+    positive = {
+        "epochs": config.epochs,
+        "val_interval": config.val_interval,
+        "log_interval": config.log_interval,
+        "model.min_size": model.min_size,
+        "model.max_size": model.max_size,
+        "model.rpn.batch_size_per_image": model.rpn.batch_size_per_image,
+        "model.roi.batch_size_per_image": model.roi.batch_size_per_image,
+        "model.roi.detections_per_image": model.roi.detections_per_image,
+        "loader.batch_size": loader.batch_size,
+        "optim.lr": optim.lr,
+        "optim.step_size": optim.step_size,
+    }
+    for name, value in positive.items():
+        if not value > 0:  # type: ignore[operator]
+            raise ValueError(f"{name} must be greater than 0, got {value}")
+    for room, low, high in (
+        ("model.rpn", model.rpn.low_threshold, model.rpn.high_threshold),
+        ("model.roi", model.roi.low_threshold, model.roi.high_threshold),
+    ):
+        if low > high:
+            raise ValueError(f"{room}.low_threshold must not exceed {room}.high_threshold ({high}), got {low}")
+    scale = loader.scale
+    if scale is None or not 0 < scale[0] <= scale[1]:
+        raise ValueError(f"loader.scale must be two factors, 0 < low <= high, got {scale}")
