@@ -1,0 +1,236 @@
+"""Non-maximum suppression: one problem, one problem per class, and many padded problems at once.
+
+A problem is a list of boxes by falling score. The first box is kept and strikes every later box whose IoU with it
+is greater than the threshold; the next box that stands is kept, and so on. The CPU body solves a chunk of boxes by
+iterating ``keep = ~any(keep & suppresses)`` to its fixed point, which is the greedy answer because a box can only be
+struck by an earlier one, strikes the remaining boxes by the kept ones, and goes on with those that still stand.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+#: Boxes of one problem that are settled together.
+CHUNK = 64
+#: Pairs compared at once over several problems: 1 MB of float32 per temporary, which stays in the cache.
+PAIRS = 1 << 18
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Keep the boxes that no better kept box overlaps by more than a threshold.
+
+    A kept box suppresses a later one where ``inter / ((area1 + area2) - inter) > iou_threshold``, both sides float32
+    (both float64 for float64 boxes). At equal scores the lower index comes first. Boxes without area neither
+    suppress nor are suppressed. A box with a NaN or infinite coordinate is never kept and suppresses nothing.
+
+    Args:
+        boxes: ``(N, 4)`` float, x1, y1, x2, y2 in pixels.
+        scores: ``(N,)`` float, one score per box.
+        iou_threshold: 0..1.
+
+    Returns:
+        ``(n,)`` int64, indices of the kept boxes by falling score.
+
+    Raises:
+        ValueError: a shape, dtype or threshold is wrong.
+
+    Source:
+        ``torchvision.ops.nms``; its CPU kernel compares with the threshold in double precision, which differs only
+        for an IoU that equals the threshold rounded to float32.
+    """
+    _check(boxes, scores, iou_threshold)
+    return _nms_cpu(boxes.detach(), scores.detach(), None, iou_threshold)
+
+
+def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+    """:func:`nms` for each class on its own: boxes of different classes never suppress each other.
+
+    Args:
+        boxes: ``(N, 4)`` float, x1, y1, x2, y2 in pixels.
+        scores: ``(N,)`` float, one score per box.
+        idxs: ``(N,)`` integer, class (or level, or image) of each box.
+        iou_threshold: 0..1.
+
+    Returns:
+        ``(n,)`` int64, indices of the kept boxes of all classes by falling score, at equal scores by index.
+
+    Raises:
+        ValueError: a shape, dtype or threshold is wrong.
+
+    Source:
+        The per-class loop of ``torchvision.ops.batched_nms``. No coordinate is shifted, so none loses precision.
+    """
+    _check(boxes, scores, iou_threshold)
+    if idxs.shape != scores.shape:
+        raise ValueError(f"idxs must have shape ({len(boxes)},), got {tuple(idxs.shape)}")
+    if idxs.is_floating_point() or idxs.is_complex():
+        raise ValueError(f"idxs must have an integer dtype, got {idxs.dtype}")
+    return _nms_cpu(boxes.detach(), scores.detach(), idxs, iou_threshold)
+
+
+def nms_padded(boxes: Tensor, count: Tensor, iou_threshold: float, max_output: int) -> tuple[Tensor, Tensor]:
+    """:func:`nms` of many independent problems whose boxes already lie by falling score.
+
+    Args:
+        boxes: ``(Q, M, 4)`` float, x1, y1, x2, y2 in pixels; problem q owns the first ``count[q]`` rows.
+        count: ``(Q,)`` int64, rows in use, 0..M.
+        iou_threshold: 0..1.
+        max_output: rows of the output; only the first ``max_output`` kept boxes of a problem are reported.
+
+    Returns:
+        ``(Q, max_output)`` int64, rows of the kept boxes in rising order, 0 in padding, and ``(Q,)`` int64, how many
+        of them are in use.
+
+    Raises:
+        ValueError: a shape, dtype, threshold or capacity is wrong.
+    """
+    if boxes.dim() != 3 or boxes.shape[2] != 4:
+        raise ValueError(f"boxes must have shape (Q, M, 4), got {tuple(boxes.shape)}")
+    if count.shape != boxes.shape[:1]:
+        raise ValueError(f"count must have shape ({boxes.shape[0]},), got {tuple(count.shape)}")
+    if count.dtype != torch.int64:
+        raise ValueError(f"count must be torch.int64, got {count.dtype}")
+    if isinstance(max_output, bool) or not isinstance(max_output, int) or max_output < 0:
+        raise ValueError(f"max_output must be an integer not below 0, got {max_output!r}")
+    _check_boxes(boxes, iou_threshold)
+    return _nms_padded_cpu(boxes.detach(), count, iou_threshold, max_output)
+
+
+def _check(boxes: Tensor, scores: Tensor, iou_threshold: float) -> None:
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"boxes must have shape (N, 4), got {tuple(boxes.shape)}")
+    if scores.shape != boxes.shape[:1]:
+        raise ValueError(f"scores must have shape ({boxes.shape[0]},), got {tuple(scores.shape)}")
+    if not scores.is_floating_point():
+        raise ValueError(f"scores must have a floating point dtype, got {scores.dtype}")
+    _check_boxes(boxes, iou_threshold)
+
+
+def _check_boxes(boxes: Tensor, iou_threshold: float) -> None:
+    if not boxes.is_floating_point():
+        raise ValueError(f"boxes must have a floating point dtype, got {boxes.dtype}")
+    if not 0 <= iou_threshold <= 1:
+        raise ValueError(f"iou_threshold must lie in 0..1, got {iou_threshold}")
+
+
+def _nms_cpu(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float) -> Tensor:
+    order = torch.sort(scores, descending=True, stable=True).indices
+    order = order[torch.isfinite(boxes[order]).all(dim=1)]
+    if idxs is None:
+        table = _table(boxes[order])
+        return order[_greedy(table, iou_threshold, len(order))]
+    if not len(order):
+        return order
+    by_class = torch.sort(idxs[order], stable=True)
+    counts = torch.unique_consecutive(by_class.values, return_counts=True)[1]
+    starts = torch.cumsum(counts, dim=0) - counts
+    kept = _solve(_table(boxes[order[by_class.indices]]), starts, counts, iou_threshold, len(order))
+    return order[torch.sort(by_class.indices[kept]).values]
+
+
+def _nms_padded_cpu(boxes: Tensor, count: Tensor, iou_threshold: float, max_output: int) -> tuple[Tensor, Tensor]:
+    problems, rows = boxes.shape[:2]
+    keep = count.new_zeros((problems, max_output))
+    kept_count = torch.zeros_like(count)
+    if not problems or not rows or not max_output:
+        return keep, kept_count
+    used = torch.arange(rows, device=boxes.device) < count[:, None]
+    used &= torch.isfinite(boxes).all(dim=2)
+    source = used.flatten().nonzero().squeeze(1)
+    counts = used.sum(dim=1)
+    starts = torch.cumsum(counts, dim=0) - counts
+    kept = source[_solve(_table(boxes.flatten(0, 1)[source]), starts, counts, iou_threshold, max_output)]
+    problem = torch.div(kept, rows, rounding_mode="floor")
+    total = torch.bincount(problem, minlength=problems)
+    rank = torch.arange(len(kept), device=boxes.device) - (torch.cumsum(total, dim=0) - total)[problem]
+    first = rank < max_output
+    keep[problem[first], rank[first]] = (kept - problem * rows)[first]
+    return keep, total.clamp(max=max_output)
+
+
+def _table(boxes: Tensor) -> Tensor:
+    """``(5, N)`` rows x1, y1, x2, y2, area, of float32 (or float64); a box that cannot overlap any becomes a point.
+
+    A box whose area is not positive and finite has an IoU of 0 or NaN with every box, so it gets an area of 1 at the
+    origin and the comparison below needs no care for a union of zero.
+    """
+    boxes = boxes if boxes.dtype == torch.float64 else boxes.float()
+    x1, y1, x2, y2 = boxes.unbind(1)
+    area = (x2 - x1) * (y2 - y1)
+    solid = (area > 0) & (area < math.inf)
+    table = torch.where(solid, torch.stack((x1, y1, x2, y2, area)), 0)
+    table[4] += (~solid).to(table.dtype)
+    return table
+
+
+def _overlaps(left: Tensor, right: Tensor, iou_threshold: float) -> Tensor:
+    """``(..., I, J)`` bool: the IoU of columns of two tables ``(5, ..., I)`` and ``(5, ..., J)`` exceeds the threshold.
+
+    The same operations as ``boxes.iou``; where both extents are negative only one needs to be clamped, because then
+    the product is not positive.
+    """
+    left, right = left.unsqueeze(-1), right.unsqueeze(-2)
+    inter = torch.minimum(left[2], right[2]).sub_(torch.maximum(left[0], right[0])).clamp_(min=0)
+    inter.mul_(torch.minimum(left[3], right[3]).sub_(torch.maximum(left[1], right[1])))
+    union = (left[4] + right[4]).sub_(inter)
+    return inter.div_(union) > iou_threshold
+
+
+def _settle(suppresses: Tensor, alive: Tensor) -> Tensor:
+    """Greedy answer of chunks: ``suppresses`` ``(..., I, I)`` strictly upper triangular, ``alive`` ``(..., I)`` bool."""
+    keep = alive
+    while True:
+        struck = (suppresses & keep.unsqueeze(-1)).any(dim=-2)
+        settled = alive & ~struck
+        if torch.equal(settled, keep):
+            return keep
+        keep = settled
+
+
+def _greedy(table: Tensor, iou_threshold: float, max_output: int) -> Tensor:
+    """Kept columns, in order, of one problem given as a table by falling score."""
+    index = torch.arange(table.shape[1], device=table.device)
+    parts: list[Tensor] = []
+    found = 0
+    while len(index) and found < max_output:
+        head, table = table[:, :CHUNK], table[:, CHUNK:]
+        alive = torch.ones(head.shape[1], dtype=torch.bool, device=table.device)
+        kept = _settle(_overlaps(head, head, iou_threshold).triu_(1), alive)
+        parts.append(index[:CHUNK][kept])
+        found += len(parts[-1])
+        index = index[CHUNK:]
+        if len(index):
+            stands = (~_overlaps(head[:, kept], table, iou_threshold).any(dim=0)).nonzero().squeeze(1)
+            table, index = table.index_select(1, stands), index[stands]
+    return torch.cat(parts) if parts else index
+
+
+def _solve(table: Tensor, starts: Tensor, counts: Tensor, iou_threshold: float, max_output: int) -> Tensor:
+    """Kept columns, in rising order, of problems that own ``counts`` columns of the table from ``starts`` on.
+
+    Problems of at most ``CHUNK`` boxes are settled many at once, those of similar size together; a larger one takes
+    the way of :func:`_greedy` on its own. At least the first ``max_output`` kept columns of a problem are given.
+    """
+    sizes, order = torch.sort(counts, stable=True)
+    starts = starts[order]
+    parts: list[Tensor] = []
+    first, size_list = 0, sizes.tolist()
+    while first < len(size_list):
+        size = size_list[first]
+        last = first + 1
+        if size > CHUNK:
+            start = int(starts[first])
+            parts.append(start + _greedy(table[:, start : start + size], iou_threshold, max_output))
+        elif size:
+            width = min(2 * size, CHUNK)
+            while last < len(size_list) and size_list[last] <= width and (last - first) * width**2 < PAIRS:
+                last += 1
+            width = size_list[last - 1]
+            offset = torch.arange(width, device=table.device)
+            alive = offset < sizes[first:last, None]
+            column = starts[first:last, None] + torch.where(alive, offset, 0)
+            group = table[:, column]
+            parts.append(column[_settle(_overlaps(group, group, iou_threshold).triu_(1), alive)])
+        first = last
+    return torch.sort(torch.cat(parts)).values if parts else starts[:0]
