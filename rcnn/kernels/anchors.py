@@ -1,0 +1,94 @@
+"""Anchors: the reference boxes of the region proposal network, laid over every cell of every pyramid level."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: Anchor grids kept for re-use; a batch of another size than the last ones makes its own.
+_CACHED = 16
+_cache: "OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]]" = OrderedDict()
+
+
+def cell_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
+    """Anchors of one cell, centred on the origin.
+
+    ``height = size * sqrt(ratio)``, ``width = size / sqrt(ratio)``; corners are half of that, rounded to whole pixels
+    (half to even). The order is ratio-major: all sizes of the first ratio, then all sizes of the second.
+
+    Args:
+        sizes: square root of the anchor area, pixels, each positive.
+        aspect_ratios: height / width, each positive.
+
+    Returns:
+        ``(len(aspect_ratios) * len(sizes), 4)`` float32, pixels.
+
+    Raises:
+        ValueError: a sequence is empty or holds a number that is not positive.
+
+    Source:
+        torchvision, ``AnchorGenerator.generate_anchors``.
+    """
+    for name, values in (("sizes", sizes), ("aspect_ratios", aspect_ratios)):
+        if len(values) == 0 or not all(0 < value < float("inf") for value in values):
+            raise ValueError(f"{name} must be one or more positive numbers, got {tuple(values)}")
+    scales = torch.tensor(list(sizes), dtype=torch.float32)
+    height_ratios = torch.tensor(list(aspect_ratios), dtype=torch.float32).sqrt()
+    widths = ((1 / height_ratios)[:, None] * scales[None]).reshape(-1)
+    heights = (height_ratios[:, None] * scales[None]).reshape(-1)
+    return (torch.stack((-widths, -heights, widths, heights), dim=1) / 2).round()
+
+
+def anchors(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Tensor:
+    """Anchors of all levels of an image, ``cell + (x * stride, y * stride)``.
+
+    The order is level, row, column, anchor of the cell: the order of a convolution's output ``(A, H, W)`` permuted to
+    ``(H, W, A)``. The last grids are kept: calling again with the same ``cells`` tensor, shapes and strides returns the
+    same tensor, which must not be modified.
+
+    Args:
+        cells: ``(L, A, 4)`` float32, :func:`cell_anchors` of each level, pixels.
+        shapes: height and width of each level's feature map, cells.
+        strides: distance between neighbouring cells of each level, pixels.
+
+    Returns:
+        ``(N, 4)`` float32, pixels, with ``N = A * sum(height * width)``, on the device of ``cells``.
+
+    Raises:
+        ValueError: ``cells`` has another shape or type, or the number of shapes or strides is not ``L``.
+
+    Source:
+        torchvision, ``AnchorGenerator.grid_anchors``; here the stride is given and not derived from the image's size.
+    """
+    if cells.dim() != 3 or cells.shape[2] != 4 or cells.dtype != torch.float32:
+        raise ValueError(f"cells must be float32 of shape (L, A, 4), got {cells.dtype} of {tuple(cells.shape)}")
+    if len(shapes) != len(cells) or len(strides) != len(cells):
+        raise ValueError(
+            f"shapes and strides must have one entry for each of {len(cells)} levels, "
+            f"got {len(shapes)} shapes and {len(strides)} strides"
+        )
+    version = 0 if cells.is_inference() else cells._version
+    key = (id(cells), version, tuple((int(h), int(w)) for h, w in shapes), tuple(int(s) for s in strides))
+    found = _cache.get(key)
+    if found is None:
+        # A cached tensor outlives the call, so it must be usable in training too. Holding `cells` keeps its id taken.
+        with torch.inference_mode(False), torch.no_grad():
+            found = (cells, _cpu(cells, shapes, strides))
+        _cache[key] = found
+        while len(_cache) > _CACHED:
+            _cache.popitem(last=False)
+    else:
+        _cache.move_to_end(key)
+    return found[1]
+
+
+def _cpu(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Tensor:
+    levels = []
+    for cell, (height, width), stride in zip(cells, shapes, strides, strict=True):
+        x = torch.arange(width, device=cells.device, dtype=torch.float32) * stride
+        y = torch.arange(height, device=cells.device, dtype=torch.float32) * stride
+        x, y = x.expand(height, width), y[:, None].expand(height, width)
+        shifts = torch.stack((x, y, x, y), dim=2)
+        levels.append((shifts[:, :, None] + cell).reshape(-1, 4))
+    return torch.cat(levels)

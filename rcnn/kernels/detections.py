@@ -1,0 +1,138 @@
+"""Detections: softmax, a box per class, threshold, NMS per class and the best of all classes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rcnn import boxes as box
+from rcnn.kernels.nms import nms_padded
+from rcnn.structures import Detections, Proposals
+
+#: Shortest side of a detection, pixels (torchvision's).
+_MIN_SIZE = 1e-2
+
+
+@torch.no_grad()
+def detections(
+    logits: Tensor,
+    deltas: Tensor,
+    proposals: Proposals,
+    image_sizes: Tensor,
+    *,
+    score_threshold: float = 0.05,
+    iou_threshold: float = 0.5,
+    detections_per_image: int = 100,
+    box_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
+) -> Detections:
+    """Turn the outputs of the RoI head into detections.
+
+    Every pair of a proposal in use and a foreground class whose softmax score is above ``score_threshold`` is a
+    candidate: its box is decoded by the deltas of that class, clipped to the image and dropped when a side is shorter
+    than 0.01 pixels. NMS thins each class by itself, then the ``detections_per_image`` best of all classes remain. At
+    equal score the lower proposal comes first, then the lower class. A candidate with NaN or infinity in its score or
+    box is dropped. Arithmetic is float32. Nothing here has a gradient.
+
+    Args:
+        logits: ``(B * P, K + 1)`` float32, bfloat16 or float16; column 0 is background.
+        deltas: ``(B * P, (K + 1) * 4)`` of the same types, four per class.
+        proposals: P rows for each of B images; padding rows detect nothing.
+        image_sizes: ``(B, 2)`` float32, height and width of each image, pixels.
+        score_threshold: a score must be above it.
+        iou_threshold: a box that overlaps a better one of its class by more than this is dropped.
+        detections_per_image: detections kept per image, the capacity D.
+        box_weights: factors of dx, dy, dw, dh, those of the training targets.
+
+    Returns:
+        Detections with D rows per image.
+
+    Raises:
+        ValueError: an argument has another shape, or the capacity is less than 1.
+
+    Source:
+        torchvision, ``RoIHeads.postprocess_detections``, which decodes the boxes of all classes first.
+    """
+    if proposals.boxes.dim() != 3 or proposals.boxes.shape[2] != 4:
+        raise ValueError(f"proposals.boxes must have shape (B, P, 4), got {tuple(proposals.boxes.shape)}")
+    images, capacity = proposals.boxes.shape[:2]
+    if logits.dim() != 2 or logits.shape[0] != images * capacity or logits.shape[1] < 2:
+        raise ValueError(f"logits must have shape ({images * capacity}, K + 1), got {tuple(logits.shape)}")
+    for name, tensor, shape in (
+        ("deltas", deltas, (images * capacity, logits.shape[1] * 4)),
+        ("image_sizes", image_sizes, (images, 2)),
+    ):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if detections_per_image < 1:
+        raise ValueError(f"detections_per_image must be at least 1, got {detections_per_image}")
+    if len(box_weights) != 4:
+        raise ValueError(f"box_weights must be 4 numbers, got {tuple(box_weights)}")
+    return _cpu(
+        logits, deltas, proposals, image_sizes, score_threshold, iou_threshold, detections_per_image, box_weights
+    )
+
+
+def _cpu(
+    logits: Tensor,
+    deltas: Tensor,
+    proposals: Proposals,
+    image_sizes: Tensor,
+    score_threshold: float,
+    iou_threshold: float,
+    detections_per_image: int,
+    box_weights: Sequence[float],
+) -> Detections:
+    images, capacity = proposals.boxes.shape[:2]
+    classes = logits.shape[1]
+    probabilities = logits.to(torch.float32).softmax(dim=1)
+    used = torch.arange(capacity, device=logits.device) < proposals.count[:, None]
+    row, label = ((probabilities[:, 1:] > score_threshold) & used.reshape(-1, 1)).nonzero(as_tuple=True)
+    label = label + 1
+    scores = probabilities[row, label]
+    image = torch.div(row, capacity, rounding_mode="floor")
+    picked = deltas.reshape(-1, classes, 4)[row, label].to(torch.float32)
+    decoded = box.decode(picked, proposals.boxes.reshape(-1, 4)[row], box_weights)
+    boxes = box.clip(decoded, image_sizes[image])
+    # The area is finite only if all coordinates are; clipping would hide that they were not.
+    large = torch.minimum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]) >= _MIN_SIZE
+    usable = large & box.area(decoded).isfinite()
+
+    # Candidates by (score, proposal, class): they come by (proposal, class), and the sort is stable.
+    order = torch.where(usable, scores, -1.0).sort(descending=True, stable=True).indices[: int(usable.sum())]
+    boxes, scores, label, image = boxes[order], scores[order], label[order], image[order]
+    chosen = _thin(boxes, image * classes + label, iou_threshold, detections_per_image)
+
+    image, order = image[chosen].sort(stable=True)
+    chosen = chosen[order]
+    count = torch.bincount(image, minlength=images)
+    slot = torch.arange(len(image), device=image.device) - (count.cumsum(0) - count)[image]
+    # Rows beyond the capacity fall into one more column, which is cut off.
+    slot = slot.clamp(max=detections_per_image)
+    result = (
+        boxes.new_zeros(images, detections_per_image + 1, 4),
+        scores.new_zeros(images, detections_per_image + 1),
+        label.new_zeros(images, detections_per_image + 1),
+    )
+    for padded, values in zip(result, (boxes, scores, label), strict=True):
+        padded[image, slot] = values[chosen]
+    return Detections(
+        boxes=result[0][:, :-1].contiguous(),
+        scores=result[1][:, :-1].contiguous(),
+        labels=result[2][:, :-1].contiguous(),
+        count=count.clamp(max=detections_per_image),
+    )
+
+
+def _thin(boxes: Tensor, problem: Tensor, iou_threshold: float, most: int) -> Tensor:
+    """Rows, rising, that survive NMS within their problem; boxes stand by falling score."""
+    if len(boxes) == 0:
+        return problem
+    problem, order = problem.sort(stable=True)
+    _, member, counts = problem.unique_consecutive(return_inverse=True, return_counts=True)
+    first = counts.cumsum(0) - counts
+    width = int(counts.max())
+    padded = boxes.new_zeros(len(counts), width, 4)
+    padded[member, torch.arange(len(order), device=order.device) - first[member]] = boxes[order]
+    keep, kept = nms_padded(padded, counts, iou_threshold, min(width, most))
+    slot = torch.arange(keep.shape[1], device=keep.device)
+    return order[(first[:, None] + keep)[slot < kept[:, None]]].sort().values

@@ -1,0 +1,460 @@
+"""Matching: which ground-truth box each anchor or proposal belongs to, and which of them enter the losses."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from rcnn import boxes as box
+from rcnn.structures import AnchorSamples, Proposals, Samples, Targets
+
+#: Boxes in one tile of the matcher; ground truth that misses the bounding box of a tile is never compared with it.
+TILE = 256
+#: Pairs of a box and a ground-truth box that the CPU body compares at once.
+_PAIRS = 1 << 18
+#: Labels that the CPU body of :func:`match_anchors` holds at once.
+_LABELS = 1 << 19
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_ANCHORS, _PROPOSALS = 0x616E63686F727321, 0x70726F706F73616C
+
+
+def match(
+    boxes: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_offsets: Tensor,
+    *,
+    high_threshold: float,
+    low_threshold: float,
+    allow_low_quality_matches: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Assign each box the ground-truth box of its image that it overlaps most.
+
+    With ``best`` the largest IoU of a box with the ground truth of its image: ``best >= high_threshold`` is positive,
+    ``best < low_threshold`` is negative, anything between is ignored. At equal IoU the lowest row wins. The low-quality
+    rule makes the boxes that a ground-truth box overlaps most (all of them, when tied) positive as well, if that IoU is
+    above 0; such a box keeps its own best ground-truth box. An ignore region (label -1) is never matched: a box that
+    would be negative is ignored when at least half of its area lies inside one region.
+    A box, or ground truth, that is empty, reversed or not finite overlaps nothing.
+
+    Args:
+        boxes: ``(N, 4)`` for all images or ``(B, N, 4)`` float, pixels.
+        gt_boxes: ``(G, 4)`` float, pixels.
+        gt_labels: ``(G,)`` int64, 1..K, or -1 for an ignore region.
+        gt_offsets: ``(B + 1,)`` int64, the rows of image b are ``gt_offsets[b]:gt_offsets[b + 1]``; rows from
+            ``gt_offsets[B]`` on are padding.
+        high_threshold: lowest IoU of a positive box.
+        low_threshold: IoU below which a box is negative; above 0 and at most ``high_threshold``.
+        allow_low_quality_matches: apply the low-quality rule.
+
+    Returns:
+        labels: ``(B, N)`` int64, 1 positive, 0 negative, -1 ignored.
+        matched: ``(B, N)`` int64, row in ``gt_boxes`` where the label is 1, else -1.
+
+    Raises:
+        ValueError: an argument has another shape, or the thresholds are out of order.
+
+    Source:
+        torchvision, ``Matcher``; there a ground-truth box that overlaps nothing makes every box positive, an image
+        without ground truth is refused, and ignore regions do not exist.
+    """
+    images = _check_ground_truth(gt_boxes, gt_labels, gt_offsets)
+    _check_thresholds(high_threshold, low_threshold)
+    if boxes.dim() not in (2, 3) or boxes.shape[-1] != 4 or (boxes.dim() == 3 and boxes.shape[0] != images):
+        raise ValueError(f"boxes must have shape (N, 4) or ({images}, N, 4), got {tuple(boxes.shape)}")
+    return _match_cpu(
+        boxes.detach(),
+        gt_boxes.detach(),
+        gt_labels,
+        gt_offsets,
+        high_threshold,
+        low_threshold,
+        allow_low_quality_matches,
+    )
+
+
+@torch.no_grad()
+def match_anchors(
+    anchors: Tensor,
+    targets: Targets,
+    *,
+    seed: int,
+    step: Tensor,
+    high_threshold: float = 0.7,
+    low_threshold: float = 0.3,
+    batch_size_per_image: int = 256,
+    positive_fraction: float = 0.5,
+    allowed_border: float | None = None,
+) -> AnchorSamples:
+    """Match anchors to ground truth with the low-quality rule, and draw those that enter the loss.
+
+    Per image, up to ``int(batch_size_per_image * positive_fraction)`` positives are drawn without replacement, then
+    negatives until the batch is full. The draw takes the smallest keys, a hash of (seed, step, image id, anchor index):
+    it depends on neither the device, nor the image's place in the batch, nor the order of threads. Rows stand by rising
+    key, positives first.
+
+    Args:
+        anchors: ``(N, 4)`` float32, pixels.
+        targets: ground truth of B images.
+        seed: any integer; its low 64 bits count.
+        step: ``()`` int64 tensor, number of the training step.
+        high_threshold: lowest IoU of a positive anchor.
+        low_threshold: IoU below which an anchor is negative.
+        batch_size_per_image: rows S per image.
+        positive_fraction: largest part of the rows that may be positive, 0..1.
+        allowed_border: anchors that reach further than this beyond the border of their image, pixels, take no part
+            (they are not compared with the ground truth either); None lets all take part.
+
+    Returns:
+        S rows for each image; deltas are ``encode(anchor, matched ground truth)`` with unit weights. A positive anchor
+        has IoU > 0 with its ground truth, so neither is empty and deltas are finite.
+
+    Raises:
+        ValueError: an argument has another shape or range.
+
+    Source:
+        Ren et al., Faster R-CNN (2015), section 3.1.2; torchvision, ``RegionProposalNetwork``, which draws by
+        ``randperm``.
+    """
+    images = _check_targets(targets)
+    _check_thresholds(high_threshold, low_threshold)
+    _check_sampling(step, batch_size_per_image, positive_fraction)
+    if anchors.dim() != 2 or anchors.shape[1] != 4:
+        raise ValueError(f"anchors must have shape (N, 4), got {tuple(anchors.shape)}")
+    positives = int(batch_size_per_image * positive_fraction)
+    keys = _image_keys(_ANCHORS, seed, step, targets.image_ids)
+    # A group of images at a time: small images pay the overhead once, large ones need the memory of one.
+    group = max(1, _LABELS // max(1, anchors.shape[0]))
+    parts = []
+    for start in range(0, images, group):
+        stop = min(start + group, images)
+        outside = None if allowed_border is None else _outside(anchors, targets.image_sizes[start:stop], allowed_border)
+        labels, matched = _match_cpu(
+            anchors if outside is None else anchors.masked_fill(outside[..., None], 0.0),
+            targets.boxes,
+            targets.labels,
+            targets.offsets[start : stop + 1],
+            high_threshold,
+            low_threshold,
+            True,
+        )
+        if outside is not None:
+            labels = labels.masked_fill(outside, -1)
+        index, drawn = _sample(labels, keys[start:stop], batch_size_per_image, positives)
+        parts.append((index, drawn, matched.gather(1, index)))
+    index, drawn, matched = (torch.cat(part) for part in zip(*parts, strict=True))
+    deltas, _ = _encode(anchors[index], targets.boxes, torch.where(drawn > 0, matched, -1), (1.0, 1.0, 1.0, 1.0))
+    return AnchorSamples(index=index, labels=drawn, deltas=deltas)
+
+
+@torch.no_grad()
+def match_proposals(
+    proposals: Proposals,
+    targets: Targets,
+    *,
+    seed: int,
+    step: Tensor,
+    high_threshold: float = 0.5,
+    low_threshold: float = 0.5,
+    batch_size_per_image: int = 512,
+    positive_fraction: float = 0.25,
+    box_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
+) -> Samples:
+    """Match proposals to ground truth, and draw those that enter the loss of the RoI head.
+
+    Ground truth joins the proposals of its image as candidates, so that there is something positive from the first
+    step on: row g of image b has the index ``P + g - offsets[b]``. Ignore regions and empty boxes do not join. The draw
+    is that of :func:`match_anchors`, with keys of its own.
+
+    Args:
+        proposals: P rows for each of B images.
+        targets: ground truth of the same images.
+        seed: any integer; its low 64 bits count.
+        step: ``()`` int64 tensor, number of the training step.
+        high_threshold: lowest IoU of a positive proposal.
+        low_threshold: IoU below which a proposal is negative.
+        batch_size_per_image: rows S per image.
+        positive_fraction: largest part of the rows that may be positive, 0..1.
+        box_weights: factors of dx, dy, dw, dh.
+
+    Returns:
+        S rows for each image: positives, negatives, padding, the first two by rising key.
+
+    Raises:
+        ValueError: an argument has another shape or range.
+
+    Source:
+        torchvision, ``RoIHeads.select_training_samples``.
+    """
+    images = _check_targets(targets)
+    _check_thresholds(high_threshold, low_threshold)
+    _check_sampling(step, batch_size_per_image, positive_fraction)
+    if proposals.boxes.dim() != 3 or proposals.boxes.shape[0] != images or proposals.boxes.shape[2] != 4:
+        raise ValueError(f"proposals.boxes must have shape ({images}, P, 4), got {tuple(proposals.boxes.shape)}")
+    if len(box_weights) != 4:
+        raise ValueError(f"box_weights must be 4 numbers, got {tuple(box_weights)}")
+    candidates, in_use = _with_ground_truth(proposals, targets)
+    labels, matched = _match_cpu(
+        candidates, targets.boxes, targets.labels, targets.offsets, high_threshold, low_threshold, False
+    )
+    labels = torch.where(in_use, labels, -1)
+    keys = _image_keys(_PROPOSALS, seed, step, targets.image_ids)
+    index, drawn = _sample(labels, keys, batch_size_per_image, int(batch_size_per_image * positive_fraction))
+    matched = torch.where(drawn > 0, matched.gather(1, index), -1)
+    rois = candidates.gather(1, index[..., None].expand(-1, -1, 4)).masked_fill((drawn < 0)[..., None], 0.0)
+    deltas, matched_boxes = _encode(rois, targets.boxes, matched, box_weights)
+    gt_labels = torch.cat((targets.labels, targets.labels.new_zeros(1)))
+    image = torch.arange(images, device=rois.device, dtype=rois.dtype)[:, None, None].expand(-1, rois.shape[1], 1)
+    return Samples(
+        rois=torch.cat((image, rois), dim=2).reshape(-1, 5),
+        labels=torch.where(drawn > 0, gt_labels[matched], drawn).reshape(-1),
+        matched_boxes=matched_boxes.reshape(-1, 4),
+        deltas=deltas.reshape(-1, 4),
+        weights=(drawn >= 0).to(torch.float32).reshape(-1),
+    )
+
+
+def _check_ground_truth(gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor) -> int:
+    if gt_boxes.dim() != 2 or gt_boxes.shape[1] != 4:
+        raise ValueError(f"gt_boxes must have shape (G, 4), got {tuple(gt_boxes.shape)}")
+    if gt_labels.shape != gt_boxes.shape[:1]:
+        raise ValueError(f"gt_labels must have shape ({gt_boxes.shape[0]},), got {tuple(gt_labels.shape)}")
+    if gt_offsets.dim() != 1 or gt_offsets.shape[0] < 2:
+        raise ValueError(f"gt_offsets must have shape (B + 1,) with B at least 1, got {tuple(gt_offsets.shape)}")
+    return gt_offsets.shape[0] - 1
+
+
+def _check_targets(targets: Targets) -> int:
+    images = _check_ground_truth(targets.boxes, targets.labels, targets.offsets)
+    if targets.image_ids.shape != (images,) or targets.image_sizes.shape != (images, 2):
+        raise ValueError(
+            f"targets.image_ids and targets.image_sizes must have shapes ({images},) and ({images}, 2), "
+            f"got {tuple(targets.image_ids.shape)} and {tuple(targets.image_sizes.shape)}"
+        )
+    return images
+
+
+def _check_thresholds(high_threshold: float, low_threshold: float) -> None:
+    if not 0 < low_threshold <= high_threshold:
+        raise ValueError(
+            f"thresholds must satisfy 0 < low_threshold <= high_threshold, got {low_threshold} and {high_threshold}"
+        )
+
+
+def _check_sampling(step: Tensor, batch_size_per_image: int, positive_fraction: float) -> None:
+    if step.dim() != 0 or step.dtype != torch.int64:
+        raise ValueError(f"step must be an int64 tensor of shape (), got {step.dtype} of {tuple(step.shape)}")
+    if batch_size_per_image < 1:
+        raise ValueError(f"batch_size_per_image must be at least 1, got {batch_size_per_image}")
+    if not 0 <= positive_fraction <= 1:
+        raise ValueError(f"positive_fraction must be in 0..1, got {positive_fraction}")
+
+
+def _match_cpu(
+    boxes: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_offsets: Tensor,
+    high_threshold: float,
+    low_threshold: float,
+    low_quality: bool,
+) -> tuple[Tensor, Tensor]:
+    images, count = gt_offsets.shape[0] - 1, boxes.shape[-2]
+    tiles = _Tiles(boxes, images)
+    truth = _Truth(gt_boxes, gt_offsets)
+    best = tiles.full(0.0, torch.float32)
+    matched = tiles.full(-1, torch.int64)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for tile, rows in tiles.meetings(truth, gt_labels > 0):
+        iou = box.iou(tiles.boxes(tile)[:, None], truth.boxes[rows][:, :, None])
+        values, slot = iou.max(dim=1)
+        best[tile] = values
+        matched[tile] = rows.gather(1, slot)
+        if low_quality:
+            found.append((tile[:, None].expand_as(rows).reshape(-1), rows.reshape(-1), iou.amax(dim=2).reshape(-1)))
+    labels = (best >= high_threshold).to(torch.int64) - ((best < high_threshold) & (best >= low_threshold)).to(
+        torch.int64
+    )
+    if found:
+        _low_quality(labels, tiles, truth, *(torch.cat(part) for part in zip(*found, strict=True)))
+    for tile, rows in tiles.meetings(truth, gt_labels < 0):
+        held = tiles.boxes(tile)[:, None]
+        inside = box.intersection(held, truth.boxes[rows][:, :, None])
+        covered = ((inside > 0) & (inside >= 0.5 * box.area(held))).any(dim=1)
+        labels[tile] = torch.where(covered & (labels[tile] == 0), -1, labels[tile])
+    matched = torch.where(labels == 1, matched, -1)
+    return (
+        labels.reshape(images, -1)[:, :count].contiguous(),
+        matched.reshape(images, -1)[:, :count].contiguous(),
+    )
+
+
+def _low_quality(labels: Tensor, tiles: "_Tiles", truth: "_Truth", tile: Tensor, row: Tensor, reached: Tensor) -> None:
+    """Set the label of the best boxes of each ground-truth row to 1; ``reached`` is the best IoU of row in tile."""
+    best = reached.new_zeros(truth.boxes.shape[0]).scatter_reduce_(0, row, reached, "amax")
+    # Only the tiles that hold a best box are compared again; the same arithmetic gives the same bits.
+    winners = ((reached > 0) & (reached == best[row])).nonzero().squeeze(1)
+    for part in winners.split(max(1, _PAIRS // tiles.size)):
+        iou = box.iou(tiles.boxes(tile[part]), truth.boxes[row[part]][:, None])
+        pair, place = (iou == best[row[part]][:, None]).nonzero(as_tuple=True)
+        labels[tile[part][pair], place] = 1
+
+
+class _Truth:
+    """Ground truth with a zero box appended as the row of no box, and the image of each row (-1 for padding)."""
+
+    def __init__(self, gt_boxes: Tensor, gt_offsets: Tensor) -> None:
+        padded = torch.cat((gt_boxes.to(torch.float32), gt_boxes.new_zeros(1, 4, dtype=torch.float32)))
+        # Coordinates apart, so that a column is contiguous. The area is finite only if all coordinates are.
+        self.boxes = torch.where(box.area(padded).isfinite(), padded.t(), 0.0).t()
+        rows = torch.arange(gt_boxes.shape[0], device=gt_boxes.device)
+        image = torch.searchsorted(gt_offsets, rows, right=True) - 1
+        self.image = torch.where(image < gt_offsets.shape[0] - 1, image, -1)
+
+
+class _Tiles:
+    """Boxes cut into tiles of neighbours, each with its bounding box; the last tile repeats the last box."""
+
+    def __init__(self, boxes: Tensor, images: int) -> None:
+        count = boxes.shape[-2]
+        self.size = min(TILE, max(1, count))
+        self.per_image = -(-count // self.size)
+        self.images = images
+        self.shared = boxes.dim() == 2
+        boxes = boxes.to(torch.float32).reshape(-1, count, 4)
+        missing = self.per_image * self.size - count
+        if missing:
+            boxes = torch.cat((boxes, boxes[:, -1:].expand(-1, missing, 4)), dim=1)
+        corners = boxes.permute(2, 0, 1).contiguous().reshape(4, -1, self.size)
+        self.corners = torch.where(box.area(corners.movedim(0, -1)).isfinite(), corners, 0.0)
+        self.low = self.corners[:2].amin(dim=2) if count else self.corners[:2, :, 0]
+        self.high = self.corners[2:].amax(dim=2) if count else self.corners[2:, :, 0]
+
+    def full(self, value: float, dtype: torch.dtype) -> Tensor:
+        """A ``(tiles of all images, size)`` tensor of one value."""
+        return torch.full((self.images * self.per_image, self.size), value, dtype=dtype, device=self.corners.device)
+
+    def boxes(self, tile: Tensor) -> Tensor:
+        """``(n, size, 4)`` boxes of the tiles, numbered over all images."""
+        return self.corners[:, tile % self.per_image if self.shared else tile].movedim(0, -1)
+
+    def meetings(self, truth: _Truth, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tiles ``(n,)`` and, padded by the zero box, the chosen ground truth ``(n, m)`` that meets their bounding box.
+
+        Each tile comes once, with its rows rising; tiles with about as many rows come together.
+        """
+        nobody = truth.boxes.shape[0] - 1
+        chosen = (chosen & (truth.image >= 0)).nonzero().squeeze(1)
+        pairs = []
+        for rows in chosen.split(max(1, _PAIRS // max(1, self.per_image))):
+            low, high = self.low.reshape(2, -1, self.per_image), self.high.reshape(2, -1, self.per_image)
+            if not self.shared:
+                low, high = low[:, truth.image[rows]], high[:, truth.image[rows]]
+            corners = truth.boxes[rows].t()[:, :, None]
+            meets = (torch.minimum(high, corners[2:]) > torch.maximum(low, corners[:2])).all(dim=0)
+            row, place = meets.nonzero(as_tuple=True)
+            pairs.append((rows[row], truth.image[rows[row]] * self.per_image + place))
+        if not pairs:
+            return
+        row, tile = (torch.cat(part) for part in zip(*pairs, strict=True))
+        tile, order = tile.sort(stable=True)
+        row = row[order]
+        tile, counts = tile.unique_consecutive(return_counts=True)
+        first = counts.cumsum(0) - counts
+        order = counts.argsort(descending=True)
+        tile, counts, first = tile[order], counts[order], first[order]
+        start, most = 0, counts.tolist()
+        while start < len(most):
+            width = most[start]
+            stop = start + max(1, _PAIRS // (width * self.size))
+            slot = torch.arange(width, device=row.device)
+            source = (first[start:stop, None] + slot).clamp_(max=row.shape[0] - 1)
+            yield tile[start:stop], torch.where(slot < counts[start:stop, None], row[source], nobody)
+            start = stop
+
+
+def _outside(anchors: Tensor, image_sizes: Tensor, border: float) -> Tensor:
+    """``(B, N)`` bool, anchors that reach more than ``border`` pixels beyond their image."""
+    height, width = image_sizes[:, :1], image_sizes[:, 1:]
+    before = (anchors[:, 0] < -border) | (anchors[:, 1] < -border)
+    return before | (anchors[:, 2] > width + border) | (anchors[:, 3] > height + border)
+
+
+def _with_ground_truth(proposals: Proposals, targets: Targets) -> tuple[Tensor, Tensor]:
+    """Candidates ``(B, P + most ground truth of an image, 4)``, and which of them are in use."""
+    images, capacity = proposals.boxes.shape[:2]
+    first, last = targets.offsets[:-1, None], targets.offsets[1:, None]
+    most = int((last - first).max())
+    rows = first + torch.arange(most, device=first.device)
+    truth = torch.cat((targets.boxes, targets.boxes.new_zeros(1, 4)))
+    labels = torch.cat((targets.labels, targets.labels.new_full((1,), -1)))
+    rows = torch.where(rows < last, rows, truth.shape[0] - 1)
+    joined = truth[rows]
+    extent = torch.minimum(joined[..., 2] - joined[..., 0], joined[..., 3] - joined[..., 1])
+    valid = (labels[rows] > 0) & (extent > 0) & box.area(joined).isfinite()
+    boxes = torch.cat((proposals.boxes.detach(), joined), dim=1)
+    used = torch.arange(capacity, device=first.device) < proposals.count[:, None]
+    return boxes, torch.cat((used, valid), dim=1)
+
+
+def _encode(rois: Tensor, gt_boxes: Tensor, matched: Tensor, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Deltas and ground truth of the rows with ``matched >= 0``; zeros elsewhere."""
+    unit = gt_boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
+    positive = (matched >= 0)[..., None]
+    # Unmatched rows encode the unit box against itself, which is exactly 0.
+    truth = torch.cat((gt_boxes, unit[None]))[matched]
+    deltas = box.encode(torch.where(positive, rois, unit), truth, weights)
+    return deltas, torch.where(positive, truth, 0.0)
+
+
+def _signed(value: int) -> int:
+    value &= _MASK
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _mix(value: Tensor) -> Tensor:
+    """The finaliser of splitmix64, a bijection of 64-bit integers, in wrapping int64 arithmetic."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        value = (value ^ ((value >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+    return value ^ ((value >> 31) & ((1 << 33) - 1))
+
+
+def _image_keys(stream: int, seed: int, step: Tensor, image_ids: Tensor) -> Tensor:
+    """``(B,)`` int64, where the sequence of keys of each image starts."""
+    start = _mix(step.new_tensor(_signed(seed ^ stream)))
+    return _mix(_mix(start + step) + image_ids)
+
+
+def _sample(labels: Tensor, keys: Tensor, size: int, positives: int) -> tuple[Tensor, Tensor]:
+    """Draw rows by the smallest keys.
+
+    Args:
+        labels: ``(B, N)`` int64, 1, 0 or -1.
+        keys: ``(B,)`` int64, from :func:`_image_keys`.
+        size: rows S to draw.
+        positives: most rows with label 1.
+
+    Returns:
+        index: ``(B, S)`` int64, 0 in padding.
+        drawn: ``(B, S)`` int64, 1, 0 or -1 for padding.
+    """
+    images, count = labels.shape
+    offset = torch.arange(count, device=labels.device) * _signed(_GOLDEN)
+    # Unsigned order is signed order with the top bit flipped.
+    key = _mix(keys[:, None] + offset) ^ _signed(1 << 63)
+    slot = torch.arange(size, device=labels.device)
+    index = []
+    taken = []
+    for label, most in ((1, positives), (0, size)):
+        among = labels == label
+        last = torch.iinfo(torch.int64).max
+        index.append(torch.where(among, key, last).topk(min(most, count), dim=1, largest=False).indices)
+        taken.append(among.sum(dim=1, keepdim=True).clamp(max=most))
+    positive, total = taken[0], (taken[0] + taken[1]).clamp(max=size)
+    joined = torch.cat((*index, index[0].new_zeros(images, 1)), dim=1)
+    source = torch.where(slot < positive, slot, index[0].shape[1] + slot - positive)
+    source = torch.where(slot < total, source, joined.shape[1] - 1)
+    drawn = torch.where(slot < positive, 1, torch.where(slot < total, 0, -1))
+    return joined.gather(1, source), drawn

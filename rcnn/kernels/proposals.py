@@ -1,0 +1,152 @@
+"""Proposals: the best boxes of the region proposal network, decoded, clipped, filtered and thinned per level."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rcnn import boxes as box
+from rcnn.kernels.nms import nms_padded
+from rcnn.structures import Proposals
+
+
+@torch.no_grad()
+def proposals(
+    objectness: Tensor,
+    deltas: Tensor,
+    anchors: Tensor,
+    image_sizes: Tensor,
+    level_sizes: Sequence[int],
+    *,
+    pre_nms_top_n: int,
+    post_nms_top_n: int,
+    iou_threshold: float = 0.7,
+    min_size: float = 1e-3,
+) -> Proposals:
+    """Turn the outputs of the region proposal network into proposals.
+
+    On each level the ``pre_nms_top_n`` anchors of highest objectness are decoded, clipped to their image, dropped when
+    a side is shorter than ``min_size``, and thinned by NMS; the levels are then merged by falling objectness, of which
+    ``post_nms_top_n`` remain. At equal objectness the lower anchor index comes first, everywhere. An anchor whose
+    objectness is NaN or infinite is never selected; a box that decodes to NaN or infinity is dropped.
+    Arithmetic is float32. Nothing here has a gradient.
+
+    Args:
+        objectness: ``(B, N)`` float32, bfloat16 or float16, logits.
+        deltas: ``(B, N, 4)`` of the same types, dx, dy, dw, dh.
+        anchors: ``(N, 4)`` float32, pixels, levels one after another.
+        image_sizes: ``(B, 2)`` float32, height and width of each image, pixels.
+        level_sizes: anchors of each level; they add up to N.
+        pre_nms_top_n: anchors kept per level and image before NMS.
+        post_nms_top_n: proposals kept per image, the capacity P.
+        iou_threshold: a box that overlaps a better one of its level by more than this is dropped.
+        min_size: shortest side of a proposal, pixels.
+
+    Returns:
+        Proposals with P = ``post_nms_top_n`` rows per image; scores are logits.
+
+    Raises:
+        ValueError: an argument has another shape, or a capacity is less than 1.
+
+    Source:
+        Ren et al., Faster R-CNN (2015), section 3.3; torchvision, ``RegionProposalNetwork.filter_proposals``, which
+        leaves ties unordered and offsets coordinates to separate the levels.
+    """
+    images, count = _check(objectness, deltas, anchors, image_sizes, level_sizes)
+    for name, value in (("pre_nms_top_n", pre_nms_top_n), ("post_nms_top_n", post_nms_top_n)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if count == 0 or images == 0:
+        return Proposals(
+            boxes=anchors.new_zeros(images, post_nms_top_n, 4),
+            scores=anchors.new_zeros(images, post_nms_top_n),
+            count=torch.zeros(images, dtype=torch.int64, device=anchors.device),
+        )
+    return _cpu(
+        objectness, deltas, anchors, image_sizes, level_sizes, pre_nms_top_n, post_nms_top_n, iou_threshold, min_size
+    )
+
+
+def _check(
+    objectness: Tensor, deltas: Tensor, anchors: Tensor, image_sizes: Tensor, level_sizes: Sequence[int]
+) -> tuple[int, int]:
+    if objectness.dim() != 2:
+        raise ValueError(f"objectness must have shape (B, N), got {tuple(objectness.shape)}")
+    images, count = objectness.shape
+    expected = (
+        ("deltas", deltas, (images, count, 4)),
+        ("anchors", anchors, (count, 4)),
+        ("image_sizes", image_sizes, (images, 2)),
+    )
+    for name, tensor, shape in expected:
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if sum(level_sizes) != count:
+        raise ValueError(f"level_sizes must add up to {count} anchors, got {tuple(level_sizes)}")
+    return images, count
+
+
+def _cpu(
+    objectness: Tensor,
+    deltas: Tensor,
+    anchors: Tensor,
+    image_sizes: Tensor,
+    level_sizes: Sequence[int],
+    pre_nms_top_n: int,
+    post_nms_top_n: int,
+    iou_threshold: float,
+    min_size: float,
+) -> Proposals:
+    images = objectness.shape[0]
+    selected = _select(objectness, level_sizes, pre_nms_top_n)
+    levels, width = len(selected), max(index.shape[1] for index in selected)
+    # (B, L, M), each level padded by -1.
+    index = torch.stack([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=-1) for part in selected], 1)
+    index = index.reshape(images, -1)
+    row = index.clamp(min=0)
+    scores = objectness.gather(1, row).to(torch.float32)
+    picked = deltas.gather(1, row[..., None].expand(-1, -1, 4)).to(torch.float32)
+    decoded = box.decode(picked, anchors[row])
+    # The area is finite only if all coordinates are; clipping would hide that they were not.
+    usable = (index >= 0) & scores.isfinite() & box.area(decoded).isfinite()
+    clipped = box.clip(decoded, image_sizes)
+    usable &= (clipped[..., 2] - clipped[..., 0] >= min_size) & (clipped[..., 3] - clipped[..., 1] >= min_size)
+
+    # One problem of NMS per image and level, the usable rows moved to the front.
+    usable = usable.reshape(-1, width)
+    order = usable.logical_not().to(torch.uint8).sort(dim=1, stable=True).indices
+    boxes = clipped.reshape(-1, width, 4).gather(1, order[..., None].expand(-1, -1, 4))
+    scores = scores.reshape(-1, width).gather(1, order)
+    keep, kept = nms_padded(boxes, usable.sum(dim=1), iou_threshold, min(width, post_nms_top_n))
+
+    # Levels stand in the order of the anchors, and a stable sort keeps that order where scores are equal.
+    slot = torch.arange(keep.shape[1], device=keep.device)
+    scores = scores.gather(1, keep).masked_fill(slot >= kept[:, None], float("-inf")).reshape(images, -1)
+    boxes = boxes.gather(1, keep[..., None].expand(-1, -1, 4)).reshape(images, -1, 4)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    order = order[:, :post_nms_top_n]
+    missing = post_nms_top_n - order.shape[1]
+    total = kept.reshape(images, levels).sum(dim=1).clamp(max=post_nms_top_n)
+    padding = torch.arange(post_nms_top_n, device=total.device) >= total[:, None]
+    boxes = torch.nn.functional.pad(boxes.gather(1, order[..., None].expand(-1, -1, 4)), (0, 0, 0, missing))
+    scores = torch.nn.functional.pad(scores[:, :post_nms_top_n], (0, missing))
+    return Proposals(
+        boxes=boxes.masked_fill(padding[..., None], 0.0), scores=scores.masked_fill(padding, 0.0), count=total
+    )
+
+
+def _select(objectness: Tensor, level_sizes: Sequence[int], pre_nms_top_n: int) -> list[Tensor]:
+    """Anchor indices ``(B, at most pre_nms_top_n)`` of each level that has anchors, best first."""
+    selected, start = [], 0
+    for size in level_sizes:
+        if size:
+            scores = objectness[:, start : start + size].to(torch.float32)
+            # One integer orders by (score, lower index): the float's bits made monotone, above the complement of the
+            # index. Adding 0 makes -0 equal to 0.
+            bits = torch.where(scores.isfinite(), scores + 0.0, float("-inf")).view(torch.int32)
+            bits = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
+            key = (bits << 32) | torch.arange(size - 1, -1, -1, device=bits.device)
+            key = key.topk(min(pre_nms_top_n, size), dim=1).values
+            selected.append(start + size - 1 - (key & 0xFFFFFFFF))
+        start += size
+    return selected
