@@ -1,0 +1,118 @@
+"""Sphinx configuration: ``python -m sphinx -W -b html docs docs/_build``."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from docutils import nodes
+from docutils.parsers.rst import Directive
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import rcnn  # noqa: E402
+from rcnn import config as settings  # noqa: E402
+
+project = "rcnn"
+author = "rcnn contributors"
+copyright = "2026, rcnn contributors"
+release = version = rcnn.__version__
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"rcnn {release}"
+
+myst_enable_extensions = ["colon_fence", "deflist", "fieldlist"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+python_display_short_literal_types = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_custom_sections = ["Source"]
+
+
+def _plain(kind: Any) -> str:
+    """A type as a reader would say it: ``float``, ``list of float``, ``'sgd' or 'adamw'``."""
+    text = (
+        getattr(kind, "__name__", "") if isinstance(kind, type) and not getattr(kind, "__args__", None) else str(kind)
+    )
+    for old, new in (("typing.", ""), ("Optional", ""), (" | None", ""), ("Literal", "one of ")):
+        text = text.replace(old, new)
+    return text
+
+
+def _shown(value: Any) -> str:
+    return '""' if value == "" else str(value).replace("'", "")
+
+
+def _inline(text: str) -> list[nodes.Node]:
+    """Text with ``literals`` as docutils nodes."""
+    parts = text.split("``")
+    return [nodes.literal(text=part) if i % 2 else nodes.Text(part) for i, part in enumerate(parts)]
+
+
+def _meanings(kind: type) -> dict[str, str]:
+    """Field -> its line under ``Args:`` in the docstring."""
+    found: dict[str, str] = {}
+    name, within = "", False
+    for line in (kind.__doc__ or "").splitlines():
+        text = line.strip()
+        if text == "Args:":
+            within = True
+        elif within and text:
+            head, colon, rest = text.partition(": ")
+            if colon and head.isidentifier() and len(line) - len(line.lstrip()) <= 8:
+                name, found[head] = head, rest
+            else:
+                found[name] += " " + text
+    return found
+
+
+class ConfigTable(Directive):
+    """``{config-table} CLASS PREFIX``: the fields of a dataclass of ``rcnn.config`` with type, default and meaning.
+
+    A default that depends on the model is given for each of them, from ``rcnn.config.RECIPES``.
+    """
+
+    required_arguments = 1
+    optional_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        kind = getattr(settings, self.arguments[0])
+        prefix = self.arguments[1] if len(self.arguments) > 1 else ""
+        meanings, types = _meanings(kind), get_type_hints(kind)
+        table = nodes.definition_list()
+        for field in dataclasses.fields(kind):
+            if dataclasses.is_dataclass(types[field.name]):
+                continue
+            term = nodes.term("", "", nodes.literal(text=f"--{prefix}{field.name}"))
+            term += nodes.Text(f" \u2013 {_plain(types[field.name])}")
+            meaning = nodes.paragraph("", "", *_inline(meanings[field.name]))
+            default = nodes.paragraph("", "", *_inline(f"Default: {self._default(field, prefix)}."))
+            table += nodes.definition_list_item("", term, nodes.definition("", meaning, default))
+        return [table]
+
+    @staticmethod
+    def _default(field: "dataclasses.Field[Any]", prefix: str) -> str:
+        default = field.default
+        if default is dataclasses.MISSING:
+            default = field.default_factory()  # type: ignore[misc]
+        if default is not None:
+            return f"``{_shown(default)}``"
+        values: dict[str, list[str]] = {}
+        for model, recipe in settings.RECIPES.items():
+            value: Any = recipe
+            for name in [*prefix.split(".")[:-1], field.name]:
+                value = getattr(value, name)
+            values.setdefault(_shown(value), []).append(model)
+        if set(values) == {"None"}:
+            return "none"
+        return "; ".join(f"``{value}`` for {', '.join(models)}" for value, models in values.items())
+
+
+def setup(app: Any) -> None:
+    app.add_directive("config-table", ConfigTable)
