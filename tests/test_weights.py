@@ -129,9 +129,7 @@ def test_another_trunk_is_refused_and_nothing_is_copied() -> None:
     model = build_backbone("resnet18_fpn")
     file = _state(build_backbone("resnet50_fpn").body)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(
-        ValueError, match=r"resnet50.pth holds another trunk: body.layer1.0.conv1.weight must have shape "
-    ):
+    with pytest.raises(ValueError, match="resnet50.pth holds another trunk: body.layer1.0.conv1.weight must"):
         load_published(model, file, "resnet50.pth")
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 

@@ -1,0 +1,1 @@
+"""Comparisons with other libraries; skipped where they are not installed."""
