@@ -61,8 +61,8 @@ class Tracker:
 
     Args:
         run_dir: the run folder; made if need be. None: a process that neither writes nor shows anything.
-        epochs: of the whole run; 0: not known.
         total_steps: optimiser steps of the whole run; 0: not known.
+        epochs: of the whole run; 0: not known.
         resume_step: steps that the run being continued had finished; what the folder's files hold beyond it is dropped,
             so that nothing is there twice. 0 begins anew.
         console: where to show; None: standard output.
@@ -71,9 +71,9 @@ class Tracker:
     def __init__(
         self,
         run_dir: Path | None,
+        total_steps: int = 0,
         *,
         epochs: int = 0,
-        total_steps: int = 0,
         resume_step: int = 0,
         console: Console | None = None,
     ) -> None:
