@@ -3,7 +3,8 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from docutils import nodes
 from docutils.parsers.rst import Directive
@@ -36,13 +37,15 @@ napoleon_custom_sections = ["Source"]
 
 
 def _plain(kind: Any) -> str:
-    """A type as a reader would say it: ``float``, ``list of float``, ``'sgd' or 'adamw'``."""
-    text = (
-        getattr(kind, "__name__", "") if isinstance(kind, type) and not getattr(kind, "__args__", None) else str(kind)
-    )
-    for old, new in (("typing.", ""), ("Optional", ""), (" | None", ""), ("Literal", "one of ")):
-        text = text.replace(old, new)
-    return text
+    """A type as a reader would say it: ``list[float]``, ``sgd or adamw``. None, which stands for the recipe, is left out."""
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, get_args(kind)))
+    parts = [part for part in get_args(kind) if part is not type(None)]
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(map(_plain, parts))
+    if parts:
+        return f"{kind.__origin__.__name__}[{', '.join(map(_plain, parts))}]"
+    return str(kind.__name__)
 
 
 def _shown(value: Any) -> str:
@@ -109,8 +112,9 @@ class ConfigTable(Directive):
             for name in [*prefix.split(".")[:-1], field.name]:
                 value = getattr(value, name)
             values.setdefault(_shown(value), []).append(model)
-        if set(values) == {"None"}:
-            return "none"
+        if len(values) == 1:
+            (value,) = values
+            return "none" if value == "None" else f"``{value}``"
         return "; ".join(f"``{value}`` for {', '.join(models)}" for value, models in values.items())
 
 
