@@ -1,0 +1,365 @@
+"""RoI Align: bilinear samples averaged in each bin of a region, from one map or from the level that fits the region.
+
+The output is a sum of map cells with weights that depend on the regions alone, and the weight of a cell is a product
+of a weight in y and one in x. The CPU body lists the cells of each axis once per bin, merges those that several
+samples share, and lets ``embedding_bag`` gather and sum the channels-last rows. The gradient is the same sum over the
+transposed list, so it needs no atomics and is the same in every run.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rcnn import boxes as geometry
+
+#: Weighted cells listed at once, 12 bytes each and as much again while they are made.
+LISTED = 1 << 22
+#: Added to the level before it is rounded down, as torchvision does, so that 224 pixels fall on the upper level.
+LEVEL_EPS = 1e-6
+
+
+def roi_align(
+    input: Tensor,
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int | Sequence[int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+) -> Tensor:
+    """Average bilinear samples of a map in each bin of each region.
+
+    A region is scaled onto the map and cut into ``oh * ow`` equal bins. A bin holds ``n * n`` samples at the centres
+    of equal parts, with ``n = sampling_ratio``, or ``ceil(region / bins)`` for each axis where that is not positive.
+    A sample in ``-1..size`` on both axes is interpolated between its four cells after a clamp to the map, one outside
+    counts as 0. Cell 0 has its centre at coordinate 0 of the map, or at 0.5 with ``aligned``; without ``aligned`` a
+    region is at least 1 cell wide and high. A region with a NaN or infinite coordinate gives zeros.
+
+    Args:
+        input: ``(B, C, H, W)`` float, map; channels-last is the fast layout and the output's layout follows it.
+        boxes: ``(R, 5)`` float, image index, x1, y1, x2, y2 in image pixels; or B tensors ``(n, 4)``.
+        output_size: bins in y and x, or one number for both.
+        spatial_scale: map cells per image pixel.
+        sampling_ratio: samples per bin and axis; not positive for an adaptive number.
+        aligned: whether pixel centres lie at half coordinates.
+
+    Returns:
+        ``(R, C, oh, ow)`` of the input's dtype, summed in float32 (in float64 for a float64 input).
+
+    Raises:
+        ValueError: a shape, dtype or image index is wrong.
+
+    Source:
+        He et al., Mask R-CNN (2017), section 3; ``torchvision.ops.roi_align``.
+    """
+    rois = as_rois(boxes)
+    size = check_pool([input], rois, output_size, [spatial_scale], "input")
+    return _RoIAlign.apply(rois, None, size, (float(spatial_scale),), int(sampling_ratio), bool(aligned), input)
+
+
+def multiscale_roi_align(
+    features: Sequence[Tensor],
+    rois: Tensor,
+    output_size: int | Sequence[int],
+    spatial_scales: Sequence[float],
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+    canonical_scale: float = 224,
+    canonical_level: float = 4,
+) -> Tensor:
+    """:func:`roi_align` of each region on the pyramid level that fits its size.
+
+    The level is ``floor(canonical_level + log2(sqrt(area) / canonical_scale) + 1e-6)``, clamped to the levels given,
+    where a map of scale ``2 ** -k`` is level k.
+
+    Args:
+        features: L maps ``(B, C, H_l, W_l)`` float, finest first, each half the scale of the one before.
+        rois: ``(R, 5)`` float, image index, x1, y1, x2, y2 in image pixels.
+        output_size: bins in y and x, or one number for both.
+        spatial_scales: map cells per image pixel of each level.
+        sampling_ratio: samples per bin and axis; not positive for an adaptive number.
+        aligned: whether pixel centres lie at half coordinates.
+        canonical_scale: side in pixels of a region that goes to the canonical level.
+        canonical_level: that level.
+
+    Returns:
+        ``(R, C, oh, ow)`` of the features' dtype.
+
+    Raises:
+        ValueError: a shape, dtype, scale or image index is wrong.
+
+    Source:
+        Lin et al., Feature Pyramid Networks (2017), equation 1; ``torchvision.ops.MultiScaleRoIAlign``.
+    """
+    size = check_pool(features, rois, output_size, spatial_scales, "features")
+    levels = None
+    if len(features) > 1:
+        finest, coarsest = -math.log2(spatial_scales[0]), -math.log2(spatial_scales[-1])
+        side = torch.sqrt(geometry.area(rois.detach()[:, 1:].float()))
+        level = torch.floor(canonical_level + torch.log2(side / canonical_scale) + LEVEL_EPS)
+        levels = (level.nan_to_num(nan=finest).clamp(finest, coarsest) - finest).long()
+    scales = tuple(float(scale) for scale in spatial_scales)
+    return _RoIAlign.apply(rois, levels, size, scales, int(sampling_ratio), bool(aligned), *features)
+
+
+def as_rois(boxes: Tensor | Sequence[Tensor]) -> Tensor:
+    """``(R, 5)`` regions from such a tensor or from one ``(n, 4)`` tensor per image."""
+    if isinstance(boxes, Tensor):
+        return boxes
+    for i, each in enumerate(boxes):
+        if each.dim() != 2 or each.shape[1] != 4:
+            raise ValueError(f"boxes[{i}] must have shape (n, 4), got {tuple(each.shape)}")
+    if not boxes:
+        raise ValueError("boxes must hold one tensor per image, got an empty list")
+    index = torch.cat([each.new_full((len(each), 1), i) for i, each in enumerate(boxes)])
+    return torch.cat((index, torch.cat(list(boxes))), dim=1)
+
+
+def check_pool(
+    features: Sequence[Tensor], rois: Tensor, output_size: int | Sequence[int], scales: Sequence[float], name: str
+) -> tuple[int, int]:
+    """Check the arguments that all RoI pooling ops share; gives the output size as a pair."""
+    if not features or len(features) != len(scales):
+        raise ValueError(f"spatial_scales must name one scale per level, got {len(scales)} for {len(features)}")
+    for each in features:
+        if each.dim() != 4 or 0 in each.shape[2:]:
+            raise ValueError(f"{name} must have shape (B, C, H, W) with H, W > 0, got {tuple(each.shape)}")
+        if not each.is_floating_point():
+            raise ValueError(f"{name} must have a floating point dtype, got {each.dtype}")
+        if each.shape[:2] != features[0].shape[:2] or each.dtype != features[0].dtype:
+            raise ValueError(
+                f"features must share batch, channels and dtype, got {tuple(each.shape)} {each.dtype} beside "
+                f"{tuple(features[0].shape)} {features[0].dtype}"
+            )
+    if rois.dim() != 2 or rois.shape[1] != 5:
+        raise ValueError(f"boxes must have shape (R, 5), got {tuple(rois.shape)}")
+    if not rois.is_floating_point():
+        raise ValueError(f"boxes must have a floating point dtype, got {rois.dtype}")
+    if any(not (scale > 0 and math.isfinite(scale)) for scale in scales):
+        raise ValueError(f"spatial_scale must be positive and finite, got {list(scales)}")
+    pair = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+    if len(pair) != 2 or any(not isinstance(n, int) or n < 1 for n in pair):
+        raise ValueError(f"output_size must be one or two positive integers, got {output_size!r}")
+    return pair[0], pair[1]
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether a map, and so what is pooled from it, is laid out channels-last."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def as_table(x: Tensor) -> Tensor:
+    """``(B * H * W, C)`` rows of a map in the dtype of the arithmetic; a view where the layout allows it."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.permute(0, 2, 3, 1).to(dtype, memory_format=torch.contiguous_format).reshape(-1, x.shape[1])
+
+
+def as_map(table: Tensor, shape: Sequence[int], dtype: torch.dtype, last: bool) -> Tensor:
+    """``(B, C, H, W)`` map of a table; channels-last, which is a view, or contiguous."""
+    batch, channels, height, width = shape
+    x = table.view(batch, height, width, channels).permute(0, 3, 1, 2).to(dtype)
+    return x if last else x.contiguous()
+
+
+class _Axis(NamedTuple):
+    """Cells that the bins of each region read along one axis, bin after bin."""
+
+    cell: Tensor  # (T,) int32
+    weight: Tensor  # (T,) float
+    count: Tensor  # (R, bins) int32
+    start: Tensor  # (R, bins) int32, first of the count cells of a bin
+
+
+class _RoIAlign(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rois: Tensor,
+        levels: Tensor | None,
+        size: tuple[int, int],
+        scales: tuple[float, ...],
+        sampling_ratio: int,
+        aligned: bool,
+        *features: Tensor,
+    ) -> Tensor:
+        ctx.shapes = [x.shape for x in features]
+        ctx.layouts = [channels_last(x) for x in features]
+        ctx.size, ctx.dtype = size, features[0].dtype
+        output, saved = _forward_cpu(features, rois.detach(), levels, size, scales, sampling_ratio, aligned)
+        ctx.save_for_backward(*saved)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[6:]
+        grads = _backward_cpu(grad, ctx.saved_tensors, ctx.shapes, ctx.layouts, ctx.size, ctx.dtype, needed)
+        return (None,) * 6 + tuple(grads)
+
+
+def _forward_cpu(
+    features: Sequence[Tensor],
+    rois: Tensor,
+    levels: Tensor | None,
+    size: tuple[int, int],
+    scales: tuple[float, ...],
+    sampling_ratio: int,
+    aligned: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    batch, channels = features[0].shape[:2]
+    if not bool(((rois[:, 0] >= 0) & (rois[:, 0] < batch)).all()):
+        raise ValueError(f"boxes must name images 0..{batch - 1}, got {rois[:, 0].min()}..{rois[:, 0].max()}")
+    rois = rois.to(torch.float64 if features[0].dtype == torch.float64 else torch.float32)
+    if levels is None:
+        levels = torch.zeros(len(rois), dtype=torch.int64, device=rois.device)
+    level, order = torch.sort(levels, stable=True)
+    rois = rois[order]
+    shape = torch.tensor([x.shape[2:] for x in features], device=rois.device)[level]
+    scale = torch.tensor(scales, dtype=rois.dtype, device=rois.device)[level]
+    y = _axis(rois[:, 2], rois[:, 4], scale, shape[:, 0], size[0], sampling_ratio, aligned)
+    x = _axis(rois[:, 1], rois[:, 3], scale, shape[:, 1], size[1], sampling_ratio, aligned)
+    stride = torch.stack((rois[:, 0].long() * shape[:, 0] * shape[:, 1], shape[:, 1]), dim=1).int()
+    counts = torch.bincount(level, minlength=len(features))
+    saved = (order, counts, stride, *y, *x)
+
+    tables: list[Tensor] = []
+    for number, first, last in _parts(counts, y, x):
+        cell, weight, offset, _ = _expand(y, x, stride, first, last)
+        tables.append(_gather(as_table(features[number]), cell, weight, offset))
+    rows = tables[0] if len(tables) == 1 else torch.cat(tables) if tables else rois.new_zeros((0, channels))
+    if len(features) > 1:
+        rows = torch.empty_like(rows).view(len(rois), -1).index_copy_(0, order, rows.view(len(rois), -1))
+    output = as_map(rows, (len(rois), channels, *size), features[0].dtype, channels_last(features[0]))
+    return output, saved
+
+
+def _backward_cpu(
+    grad: Tensor,
+    saved: tuple[Tensor, ...],
+    shapes: Sequence[torch.Size],
+    layouts: Sequence[bool],
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    order, counts, stride = saved[:3]
+    y, x = _Axis(*saved[3:7]), _Axis(*saved[7:11])
+    bins = size[0] * size[1]
+    rows = as_table(grad)
+    tables: list[Tensor | None] = [None] * len(shapes)
+    for number, first, last in _parts(counts, y, x):
+        if not needed[number]:
+            continue
+        cells = shapes[number][0] * shapes[number][2] * shapes[number][3]
+        cell, weight, _, bag = _expand(y, x, stride, first, last)
+        row = order[first:last, None] * bins + torch.arange(bins, device=grad.device)
+        by_cell = torch.sort(cell, stable=True).indices
+        source = row.flatten().int().index_select(0, bag.index_select(0, by_cell))
+        length = torch.bincount(cell, minlength=cells)
+        offset = (torch.cumsum(length, dim=0) - length).int()
+        part = _gather(rows, source, weight.index_select(0, by_cell), offset)
+        previous = tables[number]
+        tables[number] = part if previous is None else previous.add_(part)
+    grads: list[Tensor | None] = []
+    for table, shape, last_layout, need in zip(tables, shapes, layouts, needed, strict=True):
+        if need and table is None:
+            table = rows.new_zeros((shape[0] * shape[2] * shape[3], shape[1]))
+        grads.append(None if table is None else as_map(table, shape, dtype, last_layout))
+    return grads
+
+
+def _gather(table: Tensor, index: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+    """Sums of weighted rows of a table: bag b adds the rows ``index[offset[b]:offset[b + 1]]``."""
+    return F.embedding_bag(index, table, offset, mode="sum", per_sample_weights=weight)
+
+
+def _parts(counts: Tensor, y: _Axis, x: _Axis) -> Iterator[tuple[int, int, int]]:
+    """Level, first and last region of slices whose list of weighted cells stays near ``LISTED``."""
+    cells = torch.cumsum(y.count.sum(dim=1) * x.count.sum(dim=1), dim=0)
+    first = 0
+    for level, count in enumerate(counts.tolist()):
+        end = first + count
+        while first < end:
+            limit = LISTED + (int(cells[first - 1]) if first else 0)
+            last = end if int(cells[end - 1]) <= limit else int(torch.searchsorted(cells[:end], limit))
+            last = max(last, first + 1)
+            yield level, first, last
+            first = last
+
+
+def _axis(
+    low: Tensor, high: Tensor, scale: Tensor, size: Tensor, bins: int, sampling_ratio: int, aligned: bool
+) -> _Axis:
+    """Cells and weights of each bin along one axis, ``(R,)`` region borders in pixels, ``(R,)`` map sizes."""
+    finite = torch.isfinite(low) & torch.isfinite(high)
+    start = torch.where(finite, low * scale - (0.5 if aligned else 0.0), 0)
+    extent = torch.where(finite, high * scale - (0.5 if aligned else 0.0), 0) - start
+    if not aligned:
+        extent = extent.clamp(min=1)
+    step = extent / bins
+    grid = torch.full_like(size, sampling_ratio) if sampling_ratio > 0 else torch.ceil(step).long().clamp(min=0)
+    grid = torch.where(finite, grid, 0)
+
+    # One row per sample, bin after bin, along the axis (a reversed region runs backwards, so it is turned).
+    per_bin = grid.repeat_interleave(bins)
+    bag = torch.repeat_interleave(per_bin)
+    number = torch.arange(len(bag), device=bag.device) - (torch.cumsum(per_bin, dim=0) - per_bin)[bag]
+    region = torch.div(bag, bins, rounding_mode="floor")
+    step, parts, limit = step[region], grid[region], size[region]
+    number = torch.where(step < 0, parts - 1 - number, number)
+    position = start[region] + (bag - region * bins) * step + (number + 0.5) * step / parts
+    inside = (position >= -1) & (position <= limit)
+    if not bool(inside.all()):
+        bag, position, parts, limit = bag[inside], position[inside], parts[inside], limit[inside]
+    position = position.clamp(min=0)
+    before = torch.minimum(position.long(), limit - 1)
+    after = torch.minimum(before + 1, limit - 1)
+    fraction = (position - before).masked_fill_(after == before, 0)
+    weights = torch.stack((1 - fraction, fraction), dim=1) / parts[:, None]
+
+    # Cells rise along a bin, so one that a bin has already is the last one listed or the one before that.
+    listed = torch.full_like(after, -1)
+    listed[1:] = torch.where(bag[1:] == bag[:-1], after[:-1], -1)
+    new = torch.stack((before > listed, after > torch.maximum(before, listed)), dim=1)
+    rank = torch.cumsum(new.flatten(), dim=0).view(-1, 2) - 1
+    rank[:, 0] -= (listed - before).clamp_(min=0)
+    cell = torch.stack((before, after), dim=1)[new]
+    weight = weights.new_zeros(len(cell)).index_add_(0, rank.flatten(), weights.flatten())
+    count = torch.bincount(bag[:, None].expand(-1, 2)[new], minlength=len(low) * bins)
+    start_of = torch.cumsum(count, dim=0) - count
+    return _Axis(cell.int(), weight, count.view(-1, bins).int(), start_of.view(-1, bins).int())
+
+
+def _expand(y: _Axis, x: _Axis, stride: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All weighted cells of the regions ``first:last``: the product of both axes, bin after bin.
+
+    Returns:
+        Row of the level's table ``(T,)`` int32, weight ``(T,)``, start of each bin in these ``(bins,)`` int32, and
+        the bin of each ``(T,)`` int32, bins counted from the first region of the slice.
+    """
+    rows, columns = y.count[first:last, :, None], x.count[first:last, None, :]
+    offset = torch.cumsum((rows * columns).flatten(), dim=0) - (rows * columns).flatten()
+    shape = (last - first, rows.shape[1], columns.shape[2])
+    rows, columns = rows.expand(shape).flatten(), columns.expand(shape).flatten()
+
+    # One row per bin and cell in y.
+    bag = torch.repeat_interleave(rows)
+    line = torch.arange(len(bag), device=bag.device, dtype=torch.int32)
+    row_start = (torch.cumsum(rows, dim=0) - rows).int()
+    in_y = line + (y.start[first:last, :, None].expand(shape).flatten() - row_start)[bag]
+    region = torch.div(bag, shape[1] * shape[2], rounding_mode="floor")
+    base, width = stride[first:last][region].unbind(1)
+    base = base + y.cell.index_select(0, in_y) * width
+    length = columns[bag]
+    shift = x.start[first:last, None, :].expand(shape).flatten()[bag] - (torch.cumsum(length, dim=0) - length).int()
+
+    # One row per bin and cell.
+    row = torch.repeat_interleave(length)
+    in_x = torch.arange(len(row), device=row.device, dtype=torch.int32) + shift.index_select(0, row)
+    cell = base.index_select(0, row) + x.cell.index_select(0, in_x)
+    weight = y.weight.index_select(0, in_y).index_select(0, row) * x.weight.index_select(0, in_x)
+    return cell, weight, offset.int(), bag.int().index_select(0, row)
