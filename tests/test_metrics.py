@@ -9,7 +9,7 @@ import pytest
 from rcnn.data.dataset import DetectionDataset, Record
 from rcnn.metrics import coco, curves, voc
 from rcnn.metrics.coco import coco_ap
-from rcnn.metrics.curves import precision_recall
+from rcnn.metrics.curves import match_detections, precision_recall
 from rcnn.metrics.voc import voc_ap
 
 EPS = np.finfo(np.float64).eps
@@ -53,7 +53,7 @@ def test_voc_by_hand():
     # hits       1     1                      2     2         3
     # precision  1     1/2                    2/3   1/2       3/5
     # recall     1/3   1/3                    2/3   2/3       1
-    curve = precision_recall(data, found)["a"]
+    curve = match_detections(data, found)["a"]
     assert np.array_equal(curve.scores, np.float32([0.9, 0.8, 0.7, 0.6, 0.5]))
     assert curve.hits.tolist() == [1, 1, 2, 2, 3] and curve.gt == 3
     assert curve.precision.tolist() == [1, 1 / 2, 2 / 3, 1 / 2, 3 / 5]
@@ -80,7 +80,7 @@ def test_a_detection_goes_to_the_object_it_overlaps_most():
     # (0, 2, 10, 12) is free, and the second detection overlaps it with 85 / 115 = 0.74; but A with 95 / 105 = 0.90.
     data = dataset([[(A, 1), ((0, 2, 10, 12), 1)]], ["a"])
     found = results([(A, 1, 0.9), ((0, 0.5, 10, 10.5), 1, 0.8)])
-    assert precision_recall(data, found)["a"].hits.tolist() == [1, 1]
+    assert match_detections(data, found)["a"].hits.tolist() == [1, 1]
 
 
 def test_difficult_objects():
@@ -88,17 +88,17 @@ def test_difficult_objects():
     data = dataset([[(A, 1), (hard, 1, True), (FAR, 1, True)]], ["a"])
     found = results([(FAR, 1, 0.9), (FAR, 1, 0.8), ((0, 1.5, 10, 11.5), 1, 0.7), ((100, 100, 110, 110), 1, 0.6)])
     # The third overlaps A with 85 / 115, but the difficult one with 95 / 105: it counts neither way, A stays unfound.
-    curve = precision_recall(data, found)["a"]
+    curve = match_detections(data, found)["a"]
     assert curve.gt == 1 and curve.hits.tolist() == [0] and np.array_equal(curve.scores, np.float32([0.6]))
     assert voc_ap(data, found)["per_class"]["a"] == {"ap_area": 0, "ap_11point": 0, "gt": 1, "detections": 1}
-    curve = precision_recall(data, found, count_difficult=True)["a"]
+    curve = match_detections(data, found, count_difficult=True)["a"]
     assert curve.gt == 3 and curve.hits.tolist() == [1, 1, 2, 2]
 
 
 def test_equal_scores_keep_their_order():
     data = dataset([[(A, 1)]], ["a"])
-    assert precision_recall(data, results([(A, 1, 0.5), (FAR, 1, 0.5)]))["a"].hits.tolist() == [1, 1]
-    assert precision_recall(data, results([(FAR, 1, 0.5), (A, 1, 0.5)]))["a"].hits.tolist() == [0, 1]
+    assert match_detections(data, results([(A, 1, 0.5), (FAR, 1, 0.5)]))["a"].hits.tolist() == [1, 1]
+    assert match_detections(data, results([(FAR, 1, 0.5), (A, 1, 0.5)]))["a"].hits.tolist() == [0, 1]
 
 
 def test_classes_without_objects_and_images_without_anything():
@@ -109,8 +109,10 @@ def test_classes_without_objects_and_images_without_anything():
     assert math.isnan(got["per_class"]["b"]["ap_area"]) and math.isnan(got["per_class"]["b"]["ap_11point"])
     assert got["per_class"]["b"]["gt"] == 0 and got["per_class"]["b"]["detections"] == 2
     assert math.isnan(got["per_class"]["c"]["ap_area"])
-    assert np.isnan(precision_recall(data, found)["b"].recall).all()
-    assert precision_recall(data, found)["b"].precision.tolist() == [0, 0]
+    assert np.isnan(match_detections(data, found)["b"].recall).all()
+    assert match_detections(data, found)["b"].precision.tolist() == [0, 0]
+    lines = precision_recall(data, found)
+    assert {name: (r.tolist(), p.tolist()) for name, (r, p) in lines.items()} == {"a": ([1], [1])}
     got = coco_ap(data, found)
     assert got["AP"] == pytest.approx(1, rel=1010 * EPS)  # the mean of 10 thresholds x 101 points
     assert math.isnan(got["per_class"]["b"]["AP"]) and math.isnan(got["per_class"]["c"]["AP50"])

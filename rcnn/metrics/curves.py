@@ -41,6 +41,18 @@ class Curve:
 
 def precision_recall(
     dataset: DetectionDataset, results: Sequence[Result], iou_threshold: float = 0.5, *, count_difficult: bool = False
+) -> dict[str, tuple[Floats, Floats]]:
+    """The precision-recall curve of each class that has objects; arguments and errors of :func:`match_detections`.
+
+    Returns:
+        Class name -> (recall, precision), each ``(M,)`` float64 in 0..1, a point for each detection that counts.
+    """
+    curves = match_detections(dataset, results, iou_threshold, count_difficult=count_difficult)
+    return {name: (curve.recall, curve.precision) for name, curve in curves.items() if curve.gt}
+
+
+def match_detections(
+    dataset: DetectionDataset, results: Sequence[Result], iou_threshold: float = 0.5, *, count_difficult: bool = False
 ) -> dict[str, Curve]:
     """Match detections to objects by the rules of the VOC devkit.
 

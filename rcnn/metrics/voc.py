@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rcnn.data.dataset import DetectionDataset
-from rcnn.metrics.curves import Curve, Result, precision_recall
+from rcnn.metrics.curves import Curve, Result, match_detections
 
 
 def voc_ap(
@@ -15,7 +15,7 @@ def voc_ap(
 ) -> dict[str, Any]:
     """Average precision of each class and its mean over the classes that have objects.
 
-    What a hit is: :func:`rcnn.metrics.curves.precision_recall`. Boxes are continuous: no 1 is added to a width as in
+    What a hit is: :func:`rcnn.metrics.curves.match_detections`. Boxes are continuous: no 1 is added to a width as in
     the VOC devkit, whose corners are pixels that belong to the box.
 
     Args:
@@ -35,7 +35,7 @@ def voc_ap(
     Source:
         VOCevaldet.m of the VOC 2007 and 2012 devkits, but for the continuous boxes.
     """
-    curves = precision_recall(dataset, results, iou_threshold, count_difficult=count_difficult)
+    curves = match_detections(dataset, results, iou_threshold, count_difficult=count_difficult)
     per_class = {
         name: {
             "ap_area": area(curve),
