@@ -26,7 +26,7 @@ from rcnn.files import sync_folder
 #: The two species, in the order of their labels 1 and 2.
 CLASSES = ("daisy", "tulip")
 #: Raised whenever the same count and seed give other pictures or boxes.
-VERSION = 1
+VERSION = 2
 #: A bloom of which more than this share is hidden is marked difficult.
 MAX_HIDDEN = 0.6
 
@@ -68,12 +68,10 @@ def draw(rng: Random, empty: bool = False) -> tuple[Image.Image, list[Bloom]]:
     kind = BACKGROUNDS[rng.choice(len(BACKGROUNDS), p=(0.3, 0.18, 0.14, 0.18, 0.12, 0.08))]
     canvas = Canvas(painting.background(rng, kind, 2 * width, 2 * height))
     short = 2 * min(width, height)
-    for _ in range(int(rng.integers(0, 6))):
+    for _ in range(int(rng.integers(2 if empty else 0, 6))):
         _clutter(canvas, rng, short)
     placed = [] if empty else _plan(rng, 2 * width, 2 * height)
-    totals = [
-        _flower(canvas, rng, number, *flower, lying=kind == "wood") for number, flower in enumerate(placed, start=1)
-    ]
+    totals = [_flower(canvas, rng, number, *flower, kind) for number, flower in enumerate(placed, start=1)]
     for _ in range(int(rng.integers(0, 3))):
         _clutter(canvas, rng, short * 0.7)
     _grass(canvas, rng, int(rng.integers(0, 14)) if kind in ("meadow", "bokeh", "soil") else 0)
@@ -110,20 +108,23 @@ def _plan(rng: Random, width: int, height: int) -> list[tuple[str, float, float,
     return placed
 
 
-def _flower(canvas: Canvas, rng: Random, number: int, name: str, x: float, y: float, size: float, lying: bool) -> int:
+def _flower(canvas: Canvas, rng: Random, number: int, name: str, x: float, y: float, size: float, ground: str) -> int:
     """Paint one flower with its stem; returns the pixels that its bloom would cover if nothing hid it."""
-    bottom = canvas.owner.shape[0]
-    lean = rng.normal(0, 0.2) if not lying else rng.uniform(-1.3, 1.3)
+    lying, low = ground == "wood", canvas.owner.shape[0] + size * 0.1
+    lean = rng.uniform(-1.3, 1.3) if lying else rng.normal(0, 0.2)
     if name == "daisy":
         colour, alpha = painting.daisy(rng, size / 2)
-        foot, thick, drawn = (x, y), size * 0.028, rng.random() < 0.75
+        foot, thick, stem = (x, y), size * 0.028, rng.random() < 0.75
     else:
         colour, alpha = painting.tulip(rng, size, lean)
         foot = (x - math.sin(lean) * size * 0.47, y + math.cos(lean) * size * 0.47)
-        thick, drawn = size * 0.05, True
+        thick, stem = size * 0.05, True
     tone = painting.green(rng)
-    if drawn:
-        reach = size * rng.uniform(1.2, 2) if lying else max(bottom - y, size) * rng.uniform(0.7, 1.1)
+    if stem:
+        planted = ground in ("meadow", "soil") and rng.random() < 0.5
+        reach = size * rng.uniform(1.2, 2.2)
+        if not (lying or planted):
+            reach = max(low - foot[1], 0) / max(math.cos(lean), 0.5)
         end = (foot[0] - math.sin(lean) * reach, foot[1] + math.cos(lean) * reach)
         bend = (foot[0] - math.sin(lean) * reach * 0.6 + rng.normal(0, 0.1) * size, foot[1] + reach * 0.5)
         path = painting.curve(foot, bend, end)
@@ -133,8 +134,13 @@ def _flower(canvas: Canvas, rng: Random, number: int, name: str, x: float, y: fl
                 turn = -math.pi / 2 + side * rng.uniform(0.25, 0.7) + lean
                 painting.leaf(canvas, rng, at[0], at[1], size * rng.uniform(0.7, 1.3), turn, tone)
         canvas.ribbon(path, np.full(len(path), max(thick, 1.5)), tone)
+        if planted:  # a tuft hides where the stem enters the ground
+            for turn in np.linspace(-2.6, -0.5, int(rng.integers(4, 8))) + rng.normal(0, 0.15):
+                painting.leaf(canvas, rng, end[0], end[1] + thick, size * rng.uniform(0.2, 0.5), turn, tone)
     half = alpha.shape[0] / 2
-    canvas.paint(colour, alpha, round(x - half), round(y - half), number, shadow=rng.uniform(0.15, 0.4))
+    canvas.paint(
+        colour, alpha, round(x - half), round(y - half), number, shadow=0 if ground == "sky" else rng.uniform(0.15, 0.4)
+    )
     return int((alpha >= 0.5).sum())
 
 
@@ -143,7 +149,7 @@ def _clutter(canvas: Canvas, rng: Random, short: float) -> None:
     height, width = canvas.owner.shape
     x, y = rng.uniform(0, width), rng.uniform(0.1, 1) * height
     size = short * rng.uniform(0.06, 0.22)
-    kind = int(rng.integers(7))
+    kind = int(rng.choice(7, p=(0.12, 0.12, 0.13, 0.13, 0.24, 0.13, 0.13)))
     if kind == 0:
         tone = rng.uniform(110, 190)
         stone = painting.ball(rng, size / 2, (tone, tone * 0.97, tone * 0.92), rough=0.2)

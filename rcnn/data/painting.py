@@ -42,7 +42,7 @@ class Canvas:
 
     def __init__(self, pixels: Array) -> None:
         self.pixels = pixels
-        self.owner = np.zeros(pixels.shape[:2], np.uint8)
+        self.owner: NDArray[np.uint8] = np.zeros(pixels.shape[:2], np.uint8)
 
     def paint(self, colour: Array, alpha: Array, x: int, y: int, owner: int = 0, shadow: float = 0.0) -> None:
         """Lay a patch over the canvas; whatever it hides by half or more changes owner.
@@ -99,22 +99,20 @@ class Canvas:
         ImageDraw.Draw(half).polygon(inner.ravel().tolist(), fill=255)
         lit = np.asarray(half, np.float32)[..., None] / 255
         base = np.asarray(colour, np.float32)
-        shade = base * (1 + (light - 1) * lit)
-        self.paint(np.minimum(shade, 255), np.asarray(whole, np.float32) / 255, int(corner[0]), int(corner[1]))
+        shade = np.minimum(base * (1 + (light - 1) * lit), 255).astype(np.float32)
+        self.paint(shade, np.asarray(whole, np.float32) / np.float32(255), int(corner[0]), int(corner[1]))
 
     def finish(self, rng: Random) -> Image.Image:
         """The picture at its final size: light, vignette, halving, a little noise of the sensor."""
-        height, width = self.owner.shape
-        ys = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
-        xs = np.linspace(-1, 1, width, dtype=np.float32)[None]
-        light = rng.uniform(0.86, 1.1) * (1 - rng.uniform(0, 0.2) * (xs * xs + ys * ys) / 2)
-        light = light + rng.uniform(-0.1, 0.1) * xs + rng.uniform(-0.08, 0.08) * ys
-        warm = rng.uniform(-0.05, 0.06)
-        pixels = self.pixels * light[..., None] * np.array([1 + warm, 1, 1 - warm], np.float32)
-        small = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).reduce(2)
+        small = Image.fromarray(np.clip(self.pixels, 0, 255).astype(np.uint8)).reduce(2)
         if rng.random() < 0.2:
             small = small.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 0.9)))
-        out = np.asarray(small, np.float32)
+        ys = np.linspace(-1, 1, small.height, dtype=np.float32)[:, None]
+        xs = np.linspace(-1, 1, small.width, dtype=np.float32)[None]
+        light = rng.uniform(0.84, 1.12) * (1 - rng.uniform(0, 0.2) * (xs * xs + ys * ys) / 2)
+        light = light + rng.uniform(-0.1, 0.1) * xs + rng.uniform(-0.08, 0.08) * ys
+        warm = rng.uniform(-0.07, 0.1)
+        out = np.asarray(small, np.float32) * light[..., None] * np.array([1 + warm, 1, 1 - warm], np.float32)
         out = out + rng.normal(0, rng.uniform(1, 5), out.shape[:2]).astype(np.float32)[..., None]
         return Image.fromarray(np.clip(out, 0, 255).astype(np.uint8))
 
@@ -196,26 +194,32 @@ def tulip(rng: Random, height: float, angle: float) -> tuple[Array, Array]:
     x, y = _grid(size, angle)
     scale = np.float32(size / (2 * height))
     x, up = x * scale, 0.5 - y * scale
+    inside = (up >= 0) & (up < 1) & (np.abs(x) < 0.7)  # the rest of the patch stays empty: half of the work
+    x, up = x[inside], up[inside]
     body, tip = (np.array(c, np.float32) for c in TULIPS[rng.integers(len(TULIPS))])
     wide, flare = rng.uniform(0.3, 0.42), rng.uniform(-0.25, 0.35)
-    colour, alpha = np.zeros((size, size, 3), np.float32), np.zeros((size, size), np.float32)
+    colour, alpha = np.zeros((len(up), 3), np.float32), np.zeros(len(up), np.float32)
     # (sideways offset, half width, length, brightness), from the back to the front
     petals = [(-0.42, 0.62, 0.96, 0.66), (0.42, 0.62, 0.98, 0.7), (0.02, 0.7, 1.0, 0.6)]
     petals += [(-0.56, 0.56, 0.93, 0.9), (0.58, 0.54, 0.91, 0.86), (rng.uniform(-0.2, 0.2), 0.62, 0.84, 1.06)]
     light = rng.uniform(-0.14, 0.14)
     for offset, breadth, length, shade in petals:
         t = np.clip(up / np.float32(length * rng.uniform(0.94, 1.02)), 0, 1)
-        middle = wide * offset * (np.minimum(t / 0.4, 1) ** 0.6) * (1 + flare * t * t * abs(offset) * 2)
-        width = wide * breadth * rng.uniform(0.94, 1.06) * 1.12 * (t + 0.05) ** 0.45 * (1 - t**2.6) ** 0.72
-        across = x - middle
-        cover = np.clip((width - np.abs(across)) * height + 0.5, 0, 1) * ((up >= 0) & (t < 1))
+        # The outline as a table over t: a power for each pixel would take most of the time that a picture takes.
+        u, at = np.linspace(0, 1, 1024), (t * 1023).astype(np.intp)
+        middles = wide * offset * np.minimum(u / 0.4, 1) ** 0.6 * (1 + flare * u * u * abs(offset) * 2)
+        widths = wide * breadth * rng.uniform(1.05, 1.19) * (u + 0.05) ** 0.45 * (1 - u**2.6) ** 0.72
+        across, width = x - middles.astype(np.float32)[at], widths.astype(np.float32)[at]
+        cover = np.clip((width - np.abs(across)) * height + 0.5, 0, 1) * (t < 1)
         s = np.clip(across / np.maximum(width, 1e-4), -1, 1)
         tone = shade * (1 - 0.26 * s * s + 0.03 * np.cos(s * 11 + offset)) * (1 + light * s) * (0.8 + 0.24 * t)
         rim = np.clip(np.abs(s) * 1.4 - 0.6 + t * t * 0.7, 0, 1)[..., None]
         _over(colour, alpha, (body + (tip - body) * rim) * tone[..., None], cover)
     green = np.clip(0.16 - up, 0, 0.12)[..., None] * 5
     colour += (np.array([150, 170, 80], np.float32) - colour) * green
-    return np.clip(colour, 0, 255), alpha
+    patch, cover = np.zeros((size, size, 3), np.float32), np.zeros((size, size), np.float32)
+    patch[inside], cover[inside] = np.clip(colour, 0, 255), alpha
+    return patch, cover
 
 
 def ball(rng: Random, radius: float, colour: RGB, rough: float = 0.0) -> tuple[Array, Array]:
@@ -328,11 +332,11 @@ def _mix(low: RGB, high: RGB, t: Array) -> Array:
     return low_ + (high_ - low_) * np.clip(t, 0, 1)[..., None]
 
 
-def _blades(image: Image.Image, rng: Random, count: int, tones: float) -> None:
+def _blades(image: Image.Image, rng: Random, count: int, tones: float, horizon: float) -> None:
     draw = ImageDraw.Draw(image)
     width, height = image.size
-    for y in np.sort(rng.uniform(0.05, 1.25, count)) * height:
-        x, tall = rng.uniform(-0.05, 1.05) * width, rng.uniform(0.08, 0.24) * height
+    for y in np.sort(rng.uniform(horizon + 0.05, 1.25, count)) * height:
+        x, tall = rng.uniform(-0.05, 1.05) * width, rng.uniform(0.08, 0.24) * min(y, height) * (1 - horizon)
         lean, thick = rng.normal(0, 0.35) * tall, rng.uniform(1.5, 4.5)
         c = np.array(green(rng)) * tones * (0.55 + 0.45 * y / height)
         path = curve((x, y), (x, y - tall * 0.6), (x + lean, y - tall), 6)
@@ -354,8 +358,19 @@ def background(rng: Random, kind: str, width: int, height: int) -> Array:
     w, h = width // 2, height // 2
     ys = np.broadcast_to(np.linspace(0, 1, h, dtype=np.float32)[:, None], (h, w))
     base: Array
+    horizon = 0.0
     if kind == "meadow":
-        base = _mix((52, 84, 30), (140, 176, 70), 0.5 + 0.35 * noise(rng, h, w, 5) - 0.25 * ys)
+        a, b = (((52, 84, 30), (140, 176, 70)), ((40, 80, 44), (110, 170, 100)), ((90, 92, 40), (190, 180, 96)))[
+            rng.choice(3, p=(0.55, 0.25, 0.2))
+        ]
+        base = _mix(a, b, 0.5 + 0.35 * noise(rng, h, w, 5) - 0.25 * ys)
+        if rng.random() < 0.35:  # the sky and a row of trees above the meadow
+            far = _mix((230, 238, 240), (150, 190, 225), 0.8 - 2 * ys)
+            edge = rng.uniform(0.12, 0.4)
+            trees = edge - 0.07 + 0.05 * noise(rng, 2, w, 9, 3)[:1]
+            wood = _mix((40, 62, 40), (84, 110, 70), 0.5 + 0.6 * noise(rng, h, w, 14, 2))
+            base = np.where((ys < edge)[..., None], np.where((ys < trees)[..., None], far, wood), base)
+            horizon = edge
     elif kind == "soil":
         a, b = ((58, 40, 28), (140, 104, 72)) if rng.random() < 0.6 else ((96, 84, 70), (176, 160, 136))
         base = _mix(a, b, 0.45 + 0.3 * noise(rng, h, w, 6, 3) + 0.22 * noise(rng, h, w, 60, 2))
@@ -373,8 +388,8 @@ def background(rng: Random, kind: str, width: int, height: int) -> Array:
         base = _bricks(rng, h, w)
     image = Image.fromarray(np.clip(base, 0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     if kind == "meadow":
-        _blades(image, rng, int(rng.integers(60, 200)), rng.uniform(0.8, 1.2))
-        image = image.filter(ImageFilter.BoxBlur(float(rng.choice([0, 1, 3, 6]))))
+        _blades(image, rng, int(rng.integers(40, 200)), rng.uniform(0.8, 1.2), horizon)
+        image = image.filter(ImageFilter.BoxBlur(float(rng.choice([3, 6] if horizon else [0, 1, 3, 6]))))
     elif kind == "soil":
         draw = ImageDraw.Draw(image)
         for _ in range(int(rng.integers(20, 90))):
@@ -393,17 +408,18 @@ def background(rng: Random, kind: str, width: int, height: int) -> Array:
 
 
 def _wood(rng: Random, h: int, w: int, ys: Array) -> Array:
-    warp = noise(rng, h, w, 3, 2)
+    warp = noise(rng, h, w // 5, 5, 2)
+    warp = np.asarray(Image.fromarray(warp).resize((w, h), Image.Resampling.BICUBIC))
+    fibre = np.asarray(Image.fromarray(noise(rng, h, w // 12, 70, 2)).resize((w, h), Image.Resampling.BICUBIC))
     planks = int(rng.integers(2, 6))
     board = np.floor(ys * planks).astype(np.int64).clip(0, planks - 1)
     tone = rng.uniform(0.82, 1.12, planks).astype(np.float32)[board]
     shift = rng.uniform(0, 9, planks).astype(np.float32)[board]
     grain = np.sin((ys * planks * rng.uniform(4, 8) + shift + 0.8 * warp) * 6.3) * 0.09
     a, b = ((104, 66, 36), (186, 134, 84)) if rng.random() < 0.6 else ((120, 112, 104), (196, 188, 178))
-    base = _mix(a, b, 0.5 + grain + 0.2 * noise(rng, h, w, 40, 2)) * tone[..., None]
+    base = _mix(a, b, 0.5 + grain + 0.2 * fibre) * tone[..., None]
     gap = np.abs((ys * planks + 0.5) % 1 - 0.5) * h / planks < 1.3
-    base = np.where((gap & (ys > 0.5 / planks))[..., None], np.float32(0.35), np.float32(1)) * base
-    return base if rng.random() < 0.5 or h != w else base.transpose(1, 0, 2)
+    return np.where((gap & (ys > 0.5 / planks))[..., None], np.float32(0.35), np.float32(1)) * base
 
 
 def _bricks(rng: Random, h: int, w: int) -> Array:
