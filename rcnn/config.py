@@ -78,6 +78,8 @@ class ModelConfig:
         name: which detector.
         weights: file of weights to start from, .pth or .safetensors: a trunk published by torchvision, or a
             checkpoint of this project.
+        norm: BatchNorm of a ResNet trunk: batch trains it, frozen keeps the published statistics. Unset: frozen when
+            pyramid models start from ``weights``, else batch.
         frozen_stages: trunk stages, from the input on, that do not train; a ResNet has 5, VGG-16 has 5.
         min_size: shorter side of the image as the network sees it, pixels.
         max_size: longer side of it at most, pixels.
@@ -87,6 +89,7 @@ class ModelConfig:
 
     name: ModelName = "tiny"
     weights: str | None = None
+    norm: Literal["batch", "frozen"] | None = None
     frozen_stages: int | None = None
     min_size: int | None = None
     max_size: int | None = None
@@ -307,6 +310,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if config.model.name not in RECIPES:
         raise ValueError(f"model.name must be one of {', '.join(RECIPES)}, got {config.model.name!r}")
     config = _fill(config, RECIPES[config.model.name])
+    if config.model.norm is None:
+        frozen = config.model.weights is not None and config.model.name != "tiny"
+        config = replace(config, model=replace(config.model, norm="frozen" if frozen else "batch"))
     _check(config)
     return config
 

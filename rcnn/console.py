@@ -1,0 +1,121 @@
+"""What the commands share: a parser that names the nearest option, errors as one sentence, tables."""
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import jsonargparse
+from rich.console import Console
+from rich.table import Table
+
+#Xfrom rcnn.data.dataset import DetectionDataset
+
+#: Exit code after Ctrl-C, as the shell's own.
+INTERRUPTED = 130
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """jsonargparse's parser: no abbreviations, one sentence per error, and the nearest known name for an unknown one."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+
+    def read(self, argv: Sequence[str] | None) -> jsonargparse.Namespace:
+        """Parse, or end the process with exit code 2 and a sentence."""
+        words = sys.argv[1:] if argv is None else list(argv)
+        try:
+            return self.parse_args(self._switches(words))
+        except Exception as error:  # jsonargparse raises its own, argparse's and YAML's errors
+            file = next((following for word, following in pairwise(words) if word == "--config"), "")
+            where = f"{file}: " if file else ""
+            sys.stderr.write(f"{self.prog}: {where}{self._sentence(' '.join(str(error).split()))}\n")
+            sys.exit(2)
+
+    def _switches(self, words: list[str]) -> list[str]:
+        # A switch may stand alone: --resume means --resume true.
+        switches = {
+            name for action in self._actions if getattr(action, "_typehint", None) is bool for name in action.option_strings
+        }
+        filled = []
+        for word, following in zip(words, [*words[1:], ""], strict=True):
+            filled.append(word)
+            if word in switches and following.lower() not in ("true", "false", "yes", "no"):
+                filled.append("true")
+        return filled
+
+    def _sentence(self, message: str) -> str:
+        known = {action.dest: action for action in self._actions if action.option_strings}
+        unknown = re.search(r"unrecognized arguments: -*([\w.\-]+)", message)
+        name = unknown[1] if unknown else ""
+        if unknown := re.search(r"Group '([\w.]+)' does not accept option '([\w.\-]+)'", message):
+            name = f"{unknown[1]}.{unknown[2]}"
+        elif unknown := re.search(r"(?:Key|Option) ['\"]([\w.\-]+)['\"] is not expected", message):
+            name = unknown[1]
+        if name:
+            near = difflib.get_close_matches(name.replace("-", "_"), known, 1, 0.5)
+            hint = f"did you mean --{near[0]}?" if near else f"{self.prog} --help lists the options"
+            return f"unknown option {name}; {hint}"
+        key = re.search(r'[Kk]ey "([\w.]+)"', message)
+        got = re.search(r"(?:Given value|Got value): (.*)$", message)
+        if key and got and key[1] in known:
+            expected = getattr(known[key[1]], "_typehint", None) or known[key[1]].type
+            return f"{key[1]} must be {_type_name(expected)}, got {got[1]}"
+        return message
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_type_name(part) for part in get_args(hint) if part is not type(None))
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return plain.get(hint, str(hint))
+
+
+def run(prog: str, main: Callable[[], None]) -> None:
+    """Call ``main``; an expected failure becomes one sentence on stderr and exit code 1, Ctrl-C exit code 130."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"{prog}: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{prog}: interrupted\n")
+        sys.exit(INTERRUPTED)
+
+
+def print_problems(dataset: "DetectionDataset", split: str, limit: int = 20) -> None:
+    """Say what the reader skipped or mended, a line each."""
+    for problem in dataset.problems[:limit]:
+        print(f"{split}: {problem}")
+    if len(dataset.problems) > limit:
+        print(f"{split}: and {len(dataset.problems) - limit} more")
+
+
+def ap_table(title: str, voc: dict[str, Any], coco: dict[str, Any]) -> Table:
+    """A table of AP per class with the means in its last row."""
+    table = Table(title=title)
+    table.add_column("class")
+    for name in ("objects", "AP50", "AP", "VOC area", "VOC 11-point"):
+        table.add_column(name, justify="right")
+    for name, row in voc["per_class"].items():
+        scores = coco["per_class"][name]
+        table.add_row(name, str(row["gt"]), *_cells(scores["AP50"], scores["AP"], row["ap_area"], row["ap_11point"]))
+    total = str(sum(row["gt"] for row in voc["per_class"].values()))
+    table.add_section()
+    table.add_row("all", total, *_cells(coco["AP50"], coco["AP"], voc["map_area"], voc["map_11point"]))
+    return table
+
+
+def _cells(*values: float) -> list[str]:
+    return ["-" if value != value or value < 0 else f"{value:.3f}" for value in values]
+
+
+def show(table: Table) -> None:
+    """Print a table, as wide as it needs where the output is no terminal."""
+    console = Console()
+    (console if console.is_terminal else Console(width=100)).print(table)

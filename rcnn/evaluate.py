@@ -1,0 +1,94 @@
+"""``python -m rcnn.evaluate``: COCO and VOC average precision of a checkpoint on a data set."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from rcnn import console, detector, distributed, engine
+from rcnn.config import LoaderConfig
+from rcnn.data import open_dataset
+from rcnn.data.loader import make_loader
+from rcnn.files import write_text
+
+PROG = "rcnn evaluate"
+
+_COCO = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; ``argv`` defaults to the process's own arguments."""
+    parser = console.Parser(PROG, "Evaluate a checkpoint: COCO and VOC average precision, as a table and as JSON.")
+    parser.add_argument("--checkpoint", type=str, required=True, help="run folder or model file (.safetensors)")
+    parser.add_argument("--data", type=str, required=True, help="folder in VOC or COCO layout")
+    parser.add_argument("--split", type=str, default="val", help="image set")
+    parser.add_argument("--out", type=str, default="", help="JSON file; default: evaluation_SPLIT.json at the checkpoint")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--batch_size", type=int, default=8, help="images per pass")
+    parser.add_argument("--workers", type=int, default=-1, help="loading processes; -1: one for every two cores, at most 8")
+    parser.add_argument("--one_based", type=bool, default=True, help="VOC corners count from 1 and include both ends")
+    parser.add_argument("--strict", type=bool, default=False, help="stop at the first bad image or object")
+    options = parser.read(argv)
+    console.run(PROG, lambda: _evaluate(options))
+
+
+def _evaluate(options: Any) -> None:
+    device = distributed.init(engine.choose_device(options.device))
+    try:
+        model = detector.load(options.checkpoint, device)
+        dataset = open_dataset(
+            options.data, options.split, classes=model.classes, one_based=options.one_based, strict=options.strict
+        )
+        loader = make_loader(
+            dataset,
+            LoaderConfig(batch_size=options.batch_size, workers=options.workers, color=0.0, scale=(1.0, 1.0)),
+            min_size=model.config.min_size,
+            max_size=model.config.max_size,
+            train=False,
+            seed=0,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        found = engine.evaluate(model, loader, dataset)
+    finally:
+        distributed.shutdown()
+    if found is None:
+        return
+    console.print_problems(dataset, options.split)
+    for sentence in found.skipped:
+        print(sentence)
+    console.show(console.ap_table(f"{options.split}: {len(dataset)} images", found.voc, found.coco))
+    table = Table(*_COCO, title="COCO")
+    table.add_row(*(f"{found.coco[name]:.3f}" if found.coco[name] >= 0 else "-" for name in _COCO))
+    console.show(table)
+    checkpoint = Path(options.checkpoint)
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    out = Path(options.out) if options.out else folder / f"evaluation_{options.split}.json"
+    content = {
+        "checkpoint": options.checkpoint,
+        "data": options.data,
+        "split": options.split,
+        "images": len(dataset),
+        "losses": found.losses,
+        "voc": found.voc,
+        "coco": found.coco,
+        "problems": dataset.problems + found.skipped,
+    }
+    write_text(out, json.dumps(_finite(content), indent=1) + "\n")
+    print(f"written: {out}")
+
+
+def _finite(value: Any) -> Any:
+    """NaN, the AP of a class without objects, has no place in JSON: it becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Faster R-CNN: trunk, region proposal network and RoI head, joined."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from rcnn import images as pictures
+from rcnn import kernels
+from rcnn.config import ModelConfig, resolve_model
+from rcnn.models.backbone import build_backbone
+from rcnn.models.roi_heads import Pool, RoIHeads
+from rcnn.models.rpn import RPN
+from rcnn.structures import Detections, Targets
+
+#: What :meth:`FasterRCNN.predict` takes as one image.
+Picture = str | PathLike[str] | Image.Image | np.ndarray
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """Widths that belong to a model and are no option: RPN channels, hidden units, the pooling."""
+
+    rpn_channels: int
+    features: int
+    pool: str
+
+
+_ARCHITECTURES = {
+    "tiny": _Architecture(64, 128, "align"),
+    "resnet18_fpn": _Architecture(256, 1024, "align"),
+    "resnet50_fpn": _Architecture(256, 1024, "align"),
+    "vgg16": _Architecture(512, 4096, "pool"),
+}
+
+_POOLED = 7  # cells on each side of a pooled region
+
+
+def _align(features: list[Tensor], rois: Tensor, scales: Sequence[float]) -> Tensor:
+    return kernels.multiscale_roi_align(features[: len(scales)], rois, _POOLED, scales, sampling_ratio=2)
+
+
+def _pool(features: list[Tensor], rois: Tensor, scales: Sequence[float]) -> Tensor:
+    return kernels.roi_pool(features[0], rois, _POOLED, scales[0])
+
+
+class FasterRCNN(nn.Module):
+    """A Faster R-CNN detector.
+
+    ``forward`` gives the losses, ``detect`` the detections of a batch, ``predict`` those of pictures.
+
+    Args:
+        config: the detector; unset fields take the model's recipe.
+        classes: names of the K foreground classes; label k is ``classes[k - 1]``.
+        seed: of the sampling of anchors and proposals in training. Initial weights come from torch's own generator.
+
+    Attributes:
+        config: the resolved configuration.
+        classes: the class names.
+        loaded: what came from a file of published weights, one paragraph; empty without one.
+        step: ``()`` int64 buffer, training steps taken; it seeds the sampling and advances with each training forward.
+
+    Raises:
+        ValueError: no class, or two of the same name.
+
+    Source:
+        Ren et al., Faster R-CNN (2015); Lin et al., Feature Pyramid Networks (2017). Parameter names are torchvision's.
+    """
+
+    def __init__(self, config: ModelConfig, classes: Sequence[str], seed: int = 0) -> None:
+        super().__init__()
+        if not classes or len(set(classes)) != len(classes):
+            raise ValueError(f"classes must be one or more different names, got {list(classes)}")
+        self.config, self.classes, self.loaded = resolve_model(config), list(classes), ""
+        architecture = _ARCHITECTURES[self.config.name]
+        self.backbone = build_backbone(self.config.name, self.config.norm or "batch")
+        self.backbone.freeze(self.config.frozen_stages or 0)
+        channels, strides = self.backbone.out_channels, self.backbone.strides
+        self.rpn = RPN(channels, architecture.rpn_channels, strides, self.config.rpn, seed)
+        pool: Pool
+        if architecture.pool == "pool":
+            pool = partial(_pool, scales=[1 / strides[0]])
+        else:  # the coarsest level only proposes
+            pool = partial(_align, scales=[1 / stride for stride in strides[:-1]])
+        self.roi_heads = RoIHeads(
+            pool, channels * _POOLED**2, architecture.features, len(classes), self.config.roi, seed
+        )
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("mean", torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1), persistent=False)
+        self.step: Tensor
+        self.mean: Tensor
+        self.std: Tensor
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must have shape (B, 3, H, W), got {tuple(images.shape)}")
+        if images.dtype == torch.uint8:
+            images = images.float()
+        elif images.is_floating_point():
+            images = images * 255
+        else:
+            raise ValueError(f"images must be uint8, or floating point in 0..1, got {images.dtype}")
+        images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return self.backbone(images)
+
+    def forward(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """The four losses of a batch.
+
+        Args:
+            images: ``(B, 3, H, W)`` uint8, or float in 0..1; RGB, padded to the right and below.
+            targets: ground truth in pixels of ``images``.
+
+        Returns:
+            ``{"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}``, each ``()`` float32; their
+            sum is what trains.
+
+        Raises:
+            ValueError: shapes or types that do not fit.
+        """
+        if targets.image_sizes.shape[0] != images.shape[0]:
+            raise ValueError(f"targets must be of {images.shape[0]} images, got {targets.image_sizes.shape[0]}")
+        if self.training:
+            self.step += 1
+        features = self._features(images)
+        proposals, losses = self.rpn(features, targets.image_sizes, targets, self.step)
+        return losses | self.roi_heads.losses(features, proposals, targets, self.step)
+
+    @torch.no_grad()
+    def validate(self, images: Tensor, targets: Targets) -> tuple[dict[str, Tensor], Detections]:
+        """The losses and the detections of a batch from one pass through the trunk; for validation, without gradient.
+
+        Args:
+            images: as for :meth:`forward`.
+            targets: as for :meth:`forward`.
+
+        Returns:
+            What :meth:`forward` and :meth:`detect` give.
+        """
+        features = self._features(images)
+        proposals, losses = self.rpn(features, targets.image_sizes, targets, self.step)
+        losses |= self.roi_heads.losses(features, proposals, targets, self.step)
+        proposals, _ = self.rpn(features, targets.image_sizes, None, self.step)
+        return losses, self.roi_heads.detect(features, proposals, targets.image_sizes)
+
+    @torch.no_grad()
+    def detect(self, images: Tensor, image_sizes: Tensor | None = None) -> Detections:
+        """Detections of a batch, in pixels of ``images``.
+
+        Args:
+            images: ``(B, 3, H, W)`` uint8, or float in 0..1; RGB, padded to the right and below.
+            image_sizes: ``(B, 2)`` float32, height and width of each image without its padding; default: the full size.
+
+        Returns:
+            At most ``roi.detections_per_image`` boxes for each image. Call ``eval()`` on the model first.
+        """
+        features = self._features(images)
+        if image_sizes is None:
+            image_sizes = torch.tensor([images.shape[-2:]], device=images.device).expand(len(images), 2).float()
+        proposals, _ = self.rpn(features, image_sizes, None, self.step)
+        return self.roi_heads.detect(features, proposals, image_sizes)
+
+    def predict(
+        self, inputs: Picture | Iterable[Picture], score_threshold: float = 0.5, batch_size: int = 8
+    ) -> Any:
+        """Detections of pictures, in pixels of the pictures themselves.
+
+        Args:
+            inputs: one picture or several of them: a path, a PIL image, or an ``(H, W, 3)`` uint8 RGB array.
+            score_threshold: detections with a lower score are left out. The model makes none under its own
+                ``roi.score_threshold``.
+            batch_size: pictures per pass through the network.
+
+        Returns:
+            For one picture a dict, for several a list of dicts: ``boxes`` ``(n, 4)`` float32 in pixels, ``labels`` ``(n,)``
+            int64, ``scores`` ``(n,)`` float32, on the CPU and by falling score, and ``names``, a list of n class names.
+
+        Raises:
+            ValueError: a picture that cannot be read (the file is named), or a threshold outside 0..1.
+        """
+        if not 0 <= score_threshold <= 1:
+            raise ValueError(f"score_threshold must be between 0 and 1, got {score_threshold}")
+        if isinstance(inputs, (str, PathLike, Image.Image, np.ndarray)):
+            return self.predict([inputs], score_threshold, batch_size)[0]
+        results: list[dict[str, Any]] = []
+        waiting: list[np.ndarray] = []
+        for picture in inputs:
+            waiting.append(pictures.to_array(picture))
+            if len(waiting) == batch_size:
+                results += self._predict(waiting, score_threshold)
+                waiting = []
+        return results + (self._predict(waiting, score_threshold) if waiting else [])
+
+    def _predict(self, arrays: list[np.ndarray], score_threshold: float) -> list[dict[str, Any]]:
+        config = self.config
+        sizes = [pictures.target_size(*a.shape[:2], config.min_size, config.max_size) for a in arrays]
+        images, image_sizes = pictures.stack(
+            [pictures.resize(a, *size) for a, size in zip(arrays, sizes, strict=True)], self.divisor
+        )
+        training = self.training
+        self.eval()
+        device = self.mean.device
+        found = self.detect(images.to(device), image_sizes.to(device)).to("cpu").unpad()
+        self.train(training)
+        results = []
+        for array, (height, width), one in zip(arrays, sizes, found, strict=True):
+            keep = one["scores"] >= score_threshold
+            scale = torch.tensor([array.shape[1] / width, array.shape[0] / height]).repeat(2)
+            labels = one["labels"][keep]
+            results.append(
+                {
+                    "boxes": one["boxes"][keep] * scale,
+                    "labels": labels,
+                    "scores": one["scores"][keep],
+                    "names": [self.classes[k - 1] for k in labels.tolist()],
+                }
+            )
+        return results
+
+    @property
+    def divisor(self) -> int:
+        """Batches are padded to a multiple of this, pixels."""
+        return 32

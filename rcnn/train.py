@@ -1,0 +1,161 @@
+"""``python -m rcnn.train``: train a detector on a VOC or COCO folder, or on generated flowers."""
+
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import yaml
+
+from rcnn import checkpoint, console, detector, distributed, engine, viz
+from rcnn.config import TrainConfig, resolve
+from rcnn.data import flowers, open_dataset
+from rcnn.data.dataset import DetectionDataset
+from rcnn.data.loader import make_loader
+from rcnn.files import write_text
+from rcnn.metrics.curves import precision_recall
+from rcnn.models.faster_rcnn import FasterRCNN
+from rcnn.tracking import Tracker
+
+PROG = "rcnn train"
+
+#: Where the generated data set goes.
+FLOWERS = Path("runs") / "flowers"
+
+#: Pictures of the validation set that a run leaves with its boxes on.
+PICTURES = 12
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; ``argv`` defaults to the process's own arguments."""
+    parser = console.Parser(PROG, "Train a Faster R-CNN. Without arguments: the tiny model on generated flowers.")
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    parser.add_class_arguments(TrainConfig)
+    options = parser.read(argv)
+    options.pop("config", None)
+    config = parser.instantiate(options) if hasattr(parser, "instantiate") else parser.instantiate_classes(options)
+    console.run(PROG, lambda: _train(TrainConfig(**vars(config))))
+
+
+def _train(config: TrainConfig) -> None:
+    config = resolve(config)
+    device = distributed.init(engine.choose_device(config.device))
+    try:
+        _run(config, device)
+    finally:
+        distributed.shutdown()
+
+
+def _run(config: TrainConfig, device: torch.device) -> None:
+    first = distributed.rank() == 0
+    folder = _run_folder(config)
+    config.out = str(folder)
+    if not config.data:
+        config.data = str(FLOWERS)
+        if first:
+            print(f"no --data given: drawing the flower data set in {FLOWERS}")
+            flowers.write(FLOWERS)
+        distributed.barrier()
+    train_set, val_set = _open(config, config.train_split), _open(config, config.val_split)
+    torch.manual_seed(config.seed)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        model = detector.build(config.model, train_set.classes, config.seed)
+    if first:
+        _announce(config, device, model, train_set, val_set, [str(w.message) for w in caught])
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.yaml", yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+    model.to(device)
+    start = time.perf_counter()
+    with Tracker(folder if first else None) as tracker:
+        try:
+            engine.train(config, model, train_set, val_set, folder, tracker)
+        except engine.Interrupted as stop:
+            tracker.message(str(stop))
+            sys.exit(console.INTERRUPTED)
+        _finish(config, folder, device, val_set, tracker, time.perf_counter() - start)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _run_folder(config: TrainConfig) -> Path:
+    if config.resume and not config.out:
+        raise ValueError("--resume goes on in a run folder: name it with --out")
+    name = distributed.broadcast(config.out or f"runs/{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = Path(name)
+    if not config.resume and (folder / checkpoint.STATE_LAST).exists():
+        raise ValueError(f"{folder} holds a run already; go on with --resume, or choose another --out")
+    return folder
+
+
+def _open(config: TrainConfig, split: str) -> DetectionDataset:
+    return open_dataset(config.data, split, one_based=config.one_based, strict=config.strict)
+
+
+def _announce(
+    config: TrainConfig,
+    device: torch.device,
+    model: FasterRCNN,
+    train_set: DetectionDataset,
+    val_set: DetectionDataset,
+    cautions: list[str],
+) -> None:
+    for split, dataset in ((config.train_split, train_set), (config.val_split, val_set)):
+        objects = sum(len(record.labels) for record in dataset.records)
+        print(f"{split}: {len(dataset)} images, {objects} objects of {len(dataset.classes)} classes in {config.data}")
+        console.print_problems(dataset, split)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{config.model.name}: {parameters / 1e6:.1f} M parameters on {device}, {distributed.world_size()} process(es)")
+    for sentence in [model.loaded] * bool(model.loaded) + cautions:
+        print(sentence)
+    print(engine.scaled_lr(config.optim, (config.loader.batch_size or 1) * distributed.world_size())[1])
+
+
+def _finish(
+    config: TrainConfig,
+    folder: Path,
+    device: torch.device,
+    val_set: DetectionDataset,
+    tracker: Tracker,
+    seconds: float,
+) -> None:
+    distributed.barrier()  # the first rank has written the best weights
+    model = detector.load(folder, device)
+    sizes = {"min_size": model.config.min_size, "max_size": model.config.max_size}
+    loader = make_loader(
+        val_set,
+        config.loader,
+        **sizes,
+        train=False,
+        seed=config.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    found = engine.evaluate(model, loader, val_set)
+    if found is None:
+        return
+    pictures = folder / "predictions"
+    pictures.mkdir(exist_ok=True)
+    for index, result in list(enumerate(found.results))[:PICTURES]:
+        keep = result["scores"] >= 0.5
+        names = [val_set.classes[label - 1] for label in result["labels"][keep]]
+        picture = viz.draw_boxes(val_set.read(index), result["boxes"][keep], names, result["scores"][keep], val_set.classes)
+        viz.save(picture, pictures / f"{val_set.records[index].path.stem}.jpg")
+    curves = precision_recall(val_set, found.results)
+    plots = viz.plot_run(folder / "results.csv", curves, folder / "plots")
+    tracker.message(f"trained {seconds / 60:.1f} minutes")
+    console.show(console.ap_table(f"{config.val_split}: average precision of the best weights", found.voc, found.coco))
+    print(f"run folder: {folder}")
+    print(f"pictures with predicted boxes: {pictures}")
+    print(f"plots: {folder / 'plots'}" if plots else "plots: none drawn, matplotlib is missing (pip install matplotlib)")
+
+
+if __name__ == "__main__":
+    main()

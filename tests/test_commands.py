@@ -1,0 +1,206 @@
+"""The commands as a user meets them: train, evaluate, predict, resume, and the sentences for what goes wrong."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from PIL import Image
+
+import rcnn
+from rcnn import cli
+from rcnn.checkpoint import read_state
+from rcnn.data import flowers
+
+SMALL = ["--model.min_size", "96", "--model.max_size", "128", "--loader.workers", "0", "--loader.batch_size", "4"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small flower data set."""
+    return flowers.write(tmp_path_factory.mktemp("data"), count=24, seed=1).parent
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """The folder of a run of two epochs."""
+    out = tmp_path_factory.mktemp("runs") / "small"
+    cli.main(["train", "--data", str(data), "--out", str(out), "--epochs", "2", *SMALL])
+    return out
+
+
+def fails(capsys, code, *argv):
+    """The one line on stderr of a command that must end with ``code``."""
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(word) for word in argv])
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == code
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_a_run_folder_holds_what_the_documentation_says(run):
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "model_best.safetensors",
+        "model_last.safetensors",
+        "state_last.pt",
+        "metrics.jsonl",
+        "results.csv",
+        "tensorboard",
+        "predictions",
+    }
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["min_size"] == 96 and config["optim"]["lr"] == 1e-3, "unset fields come from the recipe"
+    rows = list(csv.DictReader((run / "results.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert float(rows[-1]["AP50"]) >= 0
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"} <= set(steps[0])
+    assert list((run / "predictions").glob("*.jpg"))
+
+
+def test_its_configuration_trains_again(run, data, tmp_path):
+    again = tmp_path / "again"
+    cli.main(["train", "--config", str(run / "config.yaml"), "--out", str(again)])
+    first = safetensors.torch.load_file(run / "model_last.safetensors")
+    second = safetensors.torch.load_file(again / "model_last.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first), "the same seed must give the same weights"
+
+
+def test_resuming_gives_the_same_weights_as_going_through(run, data, tmp_path):
+    """SIGINT after the first step, then resume: bit-equal to the run that was not stopped."""
+    out = tmp_path / "stopped"
+    command = [sys.executable, "-m", "rcnn.train", "--data", str(data), "--out", str(out), "--epochs", "2", *SMALL]
+    process = subprocess.Popen([*command, "--log_interval", "1"], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "step" in line and "loss " in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 130, rest
+    assert "--resume" in rest
+    assert 0 < read_state(out / "state_last.pt")["position"]["step"] < 10
+    cli.main(["train", "--data", str(data), "--out", str(out), "--epochs", "2", "--resume", *SMALL])
+    whole = safetensors.torch.load_file(run / "model_last.safetensors")
+    parts = safetensors.torch.load_file(out / "model_last.safetensors")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_evaluate_writes_both_kinds_of_ap(run, data, capsys):
+    cli.main(["evaluate", "--checkpoint", str(run), "--data", str(data), "--split", "val", "--workers", "0"])
+    shown = capsys.readouterr().out
+    assert "daisy" in shown and "VOC area" in shown
+    content = json.loads((run / "evaluation_val.json").read_text())
+    assert set(content["coco"]) >= {"AP", "AP50", "AP75", "AR100", "per_class"}
+    assert set(content["voc"]["per_class"]) == {"daisy", "tulip"}
+    best = max(float(row["AP"]) for row in csv.DictReader((run / "results.csv").open()))
+    assert content["coco"]["AP"] == pytest.approx(best, abs=1e-12), "evaluate must repeat what training measured"
+
+
+def test_predict_takes_files_folders_and_globs(run, data, tmp_path, capsys):
+    pictures = sorted((data / "VOC2007" / "JPEGImages").glob("*.jpg"))[:3]
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for picture in pictures:
+        (folder / picture.name).write_bytes(picture.read_bytes())
+    (folder / "torn.jpg").write_bytes(pictures[0].read_bytes()[:300])
+    (folder / "notes.txt").write_text("no picture")
+    out = tmp_path / "out"
+    inputs = [str(pictures[0]), str(folder), str(folder / "*.jpg")]
+    cli.main(["predict", "--checkpoint", str(run), *inputs, "--out", str(out), "--score_threshold", "0.06"])
+    assert "1 skipped" in capsys.readouterr().out
+    content = json.loads((out / "detections.json").read_text())
+    assert content["classes"] == ["daisy", "tulip"]
+    assert len(content["images"]) == 4 and len({one["picture"] for one in content["images"]}) == 4
+    for one in content["images"]:
+        with Image.open(out / one["picture"]) as picture:
+            assert picture.size == (one["width"], one["height"])
+    net = rcnn.load(run)
+    found = net.predict(pictures[0], score_threshold=0.06)
+    listed = content["images"][0]["detections"]
+    assert [row["name"] for row in listed] == found["names"]
+    assert [row["box"] for row in listed] == found["boxes"].tolist()
+
+
+def test_two_processes_train_and_evaluate_together(data, tmp_path):
+    """DDP over gloo: one rank writes, the evaluation is sharded and covers each image once."""
+    out = tmp_path / "two"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    job = subprocess.run(
+        [*launch, "-m", "rcnn.train", "--data", str(data), "--out", str(out), "--epochs", "1", *SMALL],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert job.returncode == 0, job.stderr[-3000:]
+    assert "2 process(es)" in job.stdout and "x 8 images per step / 8" in job.stdout
+    assert job.stdout.count("run folder:") == 1
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert len(rows) == 1
+    cli.main(["evaluate", "--checkpoint", str(out), "--data", str(data), "--workers", "0"])
+    content = json.loads((out / "evaluation_val.json").read_text())
+    assert content["coco"]["AP"] == pytest.approx(float(rows[0]["AP"]), abs=1e-6)
+    assert sum(content["losses"].values()) == pytest.approx(float(rows[0]["val_loss"]), rel=1e-4)
+
+
+def test_published_weights_are_reported(data, tmp_path, capsys):
+    """A torchvision-like file initialises the trunk; what matched is said, and a file with code in it is refused."""
+    model = rcnn.build(rcnn.ModelConfig(name="resnet18_fpn", frozen_stages=0), ["a"])
+    trunk = {name.removeprefix("backbone.body."): t for name, t in model.state_dict().items() if ".body." in name}
+    torch.save(trunk | {"fc.weight": torch.zeros(1000, 512)}, tmp_path / "resnet18.pth")
+    config = rcnn.ModelConfig(name="resnet18_fpn", weights=str(tmp_path / "resnet18.pth"))
+    other = rcnn.build(config, ["a"])
+    assert torch.equal(other.backbone.body.conv1.weight, model.backbone.body.conv1.weight)
+    assert "resnet18.pth" in other.loaded and other.config.norm == "frozen"
+    with pytest.warns(UserWarning, match="random"):
+        rcnn.build("resnet18_fpn", ["a"])
+    torch.save({"conv1.weight": Path("x")}, tmp_path / "code.pth")
+    line = fails(capsys, 1, "train", "--data", data, "--out", tmp_path / "r", "--model.weights", tmp_path / "code.pth")
+    assert "code.pth" in line and "refused" in line
+
+
+def test_bad_input_gets_one_sentence(run, data, tmp_path, capsys):
+    line = fails(capsys, 2, "train", "--epohs", "3")
+    assert line == "rcnn train: unknown option epohs; did you mean --epochs?"
+    (tmp_path / "c.yaml").write_text("model:\n  nam: tiny\n")
+    line = fails(capsys, 2, "train", "--config", tmp_path / "c.yaml")
+    assert "c.yaml: unknown option model.nam; did you mean --model.name?" in line
+    line = fails(capsys, 2, "train", "--model.name", "tinny")
+    assert line == "rcnn train: model.name must be one of tiny, resnet18_fpn, resnet50_fpn, vgg16, got tinny"
+    assert "epochs must be a whole number, got x" in fails(capsys, 2, "train", "--epochs", "x")
+    assert "epochs must be greater than 0, got 0" in fails(capsys, 1, "train", "--epochs", "0")
+    assert "device must be auto, cpu, cuda or cuda:N, got 'gpu'" in fails(capsys, 1, "train", "--device", "gpu")
+    assert "nowhere" in fails(capsys, 1, "train", "--data", tmp_path / "nowhere")
+    assert "holds a run already" in fails(capsys, 1, "train", "--data", data, "--out", run)
+    assert "name it with --out" in fails(capsys, 1, "train", "--data", data, "--resume")
+    assert "state_last.pt" in fails(capsys, 1, "train", "--data", data, "--out", tmp_path / "new", "--resume")
+    evaluate = ["evaluate", "--data", data, "--checkpoint"]
+    assert "none" in fails(capsys, 1, *evaluate, tmp_path / "none")
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes((run / "model_best.safetensors").read_bytes()[:5000])
+    assert "torn.safetensors" in fails(capsys, 1, *evaluate, torn)
+    assert "tset" in fails(capsys, 1, *evaluate, run, "--split", "tset")
+    predict = ["predict", "--checkpoint", run, "--out", tmp_path / "out"]
+    assert "nothing.jpg must be a picture" in fails(capsys, 1, *predict, tmp_path / "nothing.jpg")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    assert "empty.jpg" in fails(capsys, 1, *predict, tmp_path / "empty.jpg")
+
+
+def test_resuming_with_other_classes_is_refused(run, tmp_path, capsys):
+    other = flowers.write(tmp_path / "data", count=12, seed=2)
+    for file in (other / "Annotations").glob("*.xml"):
+        file.write_text(file.read_text().replace("<name>tulip</name>", "<name>rose</name>"))
+    label_map = other / "pascal_label_map.pbtxt"
+    label_map.write_text(label_map.read_text().replace("tulip", "rose"))
+    line = fails(capsys, 1, "train", "--data", other.parent, "--out", run, "--resume", "--epochs", "3", *SMALL)
+    assert "rose" in line and "tulip" in line
