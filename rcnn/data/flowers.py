@@ -31,6 +31,7 @@ VERSION = 2
 MAX_HIDDEN = 0.6
 
 _MARKER = "flowers.json"
+_TEMPORARY = ".VOC2007."
 _TRAIN_SHARE = 5 / 7
 _EMPTY_SHARE = 0.05
 
@@ -186,7 +187,7 @@ def write(directory: str | os.PathLike[str], count: int = 280, seed: int = 0) ->
     ``trainval.txt``, and ``pascal_label_map.pbtxt``. About 5 % of the pictures have no flower. A bloom of which more
     than 60 % is hidden is marked difficult.
 
-    The set is built beside ``directory`` and renamed into place, so an interrupted run leaves no half of one, and two
+    The set is built beside ``VOC2007`` and renamed into place, so an interrupted run leaves no half of one, and two
     processes that start together end with one whole set. A folder that already holds the set of the same count, seed
     and version is left as it is.
 
@@ -209,22 +210,18 @@ def write(directory: str | os.PathLike[str], count: int = 280, seed: int = 0) ->
     directory = Path(directory)
     if _holds(directory, count, seed):
         return directory
-    parent = directory.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    temporary = parent / f".{directory.absolute().name}.{secrets.token_hex(4)}.tmp"
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f"{_TEMPORARY}{secrets.token_hex(4)}.tmp"
     try:
-        _write_voc(temporary / "VOC2007", count, seed)
-        (temporary / _MARKER).write_text(json.dumps(_identity(count, seed)) + "\n", encoding="utf-8")
-        if os.name == "nt" and directory.is_dir():
-            directory.rmdir()  # there, a rename does not take the place of an empty folder
-        os.rename(temporary, directory)
+        _write_voc(temporary, count, seed)
+        os.rename(temporary, directory / "VOC2007")
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         taken = isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES)
         if taken and _holds(directory, count, seed):  # another process was quicker
             return directory
         raise
-    sync_folder(parent)
+    sync_folder(directory)
     return directory
 
 
@@ -238,10 +235,10 @@ def _holds(directory: Path, count: int, seed: int) -> bool:
         return False
     if not directory.is_dir():
         raise ValueError(f"{directory} must be a folder or not exist, got a file")
-    if not any(directory.iterdir()):
+    if all(path.name.startswith(_TEMPORARY) for path in directory.iterdir()):  # of a run at work or killed
         return False
     try:
-        found = json.loads((directory / _MARKER).read_text(encoding="utf-8"))
+        found = json.loads((directory / "VOC2007" / _MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise ValueError(f"{directory} must be empty or hold the flowers, got a folder with other files") from None
     expected = _identity(count, seed)
@@ -259,6 +256,10 @@ def _holds(directory: Path, count: int, seed: int) -> bool:
     return True
 
 
+def _text(path: Path, text: str) -> None:
+    path.write_bytes(text.encode("utf-8"))  # the same line ends on every system
+
+
 def _write_voc(root: Path, count: int, seed: int) -> None:
     for name in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (root / name).mkdir(parents=True)
@@ -267,13 +268,14 @@ def _write_voc(root: Path, count: int, seed: int) -> None:
     for index, name in enumerate(names):
         image, blooms = draw(np.random.default_rng([seed, index + 1]), index in empty)
         image.save(root / "JPEGImages" / f"{name}.jpg", quality=92)
-        (root / "Annotations" / f"{name}.xml").write_text(_annotation(name, image, blooms), encoding="utf-8")
+        _text(root / "Annotations" / f"{name}.xml", _annotation(name, image, blooms))
     train = min(max(1, round(count * _TRAIN_SHARE)), count - 1)
     for split, members in (("train", names[:train]), ("val", names[train:]), ("trainval", names)):
         text = "".join(f"{name}\n" for name in members)
-        (root / "ImageSets" / "Main" / f"{split}.txt").write_text(text, encoding="utf-8")
+        _text(root / "ImageSets" / "Main" / f"{split}.txt", text)
     items = "".join(f"item {{\n  id: {label}\n  name: '{name}'\n}}\n" for label, name in enumerate(CLASSES, start=1))
-    (root / "pascal_label_map.pbtxt").write_text(items, encoding="utf-8")
+    _text(root / "pascal_label_map.pbtxt", items)
+    _text(root / _MARKER, json.dumps(_identity(count, seed)) + "\n")
 
 
 def _annotation(name: str, image: Image.Image, blooms: Sequence[Bloom]) -> str:
