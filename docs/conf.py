@@ -37,7 +37,7 @@ napoleon_custom_sections = ["Source"]
 
 
 def _plain(kind: Any) -> str:
-    """A type as a reader would say it: ``list[float]``, ``sgd or adamw``. None, which stands for the recipe, is left out."""
+    """A type as a reader would say it: ``list[float]``, ``sgd or adamw``; None, a cue for the recipe, is left out."""
     if get_origin(kind) is Literal:
         return " or ".join(map(str, get_args(kind)))
     parts = [part for part in get_args(kind) if part is not type(None)]
