@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rcnn import boxes as box
+from rcnn.kernels.sampling import ANCHORS, PROPOSALS, image_keys, sample
 from rcnn.structures import AnchorSamples, Proposals, Samples, Targets
 
 #: Boxes in one tile of the matcher; ground truth that misses the bounding box of a tile is never compared with it.
@@ -14,10 +15,6 @@ TILE = 256
 _PAIRS = 1 << 18
 #: Labels that the CPU body of :func:`match_anchors` holds at once.
 _LABELS = 1 << 19
-
-_MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_ANCHORS, _PROPOSALS = 0x616E63686F727321, 0x70726F706F73616C
 
 
 def match(
@@ -121,12 +118,12 @@ def match_anchors(
     images = _check_targets(targets)
     _check_thresholds(high_threshold, low_threshold)
     _check_sampling(step, batch_size_per_image, positive_fraction)
-    if anchors.dim() != 2 or anchors.shape[1] != 4:
-        raise ValueError(f"anchors must have shape (N, 4), got {tuple(anchors.shape)}")
+    if anchors.dim() != 2 or anchors.shape[0] < 1 or anchors.shape[1] != 4:
+        raise ValueError(f"anchors must have shape (N, 4) with N at least 1, got {tuple(anchors.shape)}")
     positives = int(batch_size_per_image * positive_fraction)
-    keys = _image_keys(_ANCHORS, seed, step, targets.image_ids)
+    keys = image_keys(ANCHORS, seed, step, targets.image_ids)
     # A group of images at a time: small images pay the overhead once, large ones need the memory of one.
-    group = max(1, _LABELS // max(1, anchors.shape[0]))
+    group = max(1, _LABELS // anchors.shape[0])
     parts = []
     for start in range(0, images, group):
         stop = min(start + group, images)
@@ -142,7 +139,7 @@ def match_anchors(
         )
         if outside is not None:
             labels = labels.masked_fill(outside, -1)
-        index, drawn = _sample(labels, keys[start:stop], batch_size_per_image, positives)
+        index, drawn = sample(labels, keys[start:stop], batch_size_per_image, positives)
         parts.append((index, drawn, matched.gather(1, index)))
     index, drawn, matched = (torch.cat(part) for part in zip(*parts, strict=True))
     deltas, _ = _encode(anchors[index], targets.boxes, torch.where(drawn > 0, matched, -1), (1.0, 1.0, 1.0, 1.0))
@@ -191,8 +188,9 @@ def match_proposals(
     images = _check_targets(targets)
     _check_thresholds(high_threshold, low_threshold)
     _check_sampling(step, batch_size_per_image, positive_fraction)
-    if proposals.boxes.dim() != 3 or proposals.boxes.shape[0] != images or proposals.boxes.shape[2] != 4:
-        raise ValueError(f"proposals.boxes must have shape ({images}, P, 4), got {tuple(proposals.boxes.shape)}")
+    shape = tuple(proposals.boxes.shape)
+    if len(shape) != 3 or shape[0] != images or shape[1] < 1 or shape[2] != 4:
+        raise ValueError(f"proposals.boxes must have shape ({images}, P, 4) with P at least 1, got {shape}")
     if len(box_weights) != 4:
         raise ValueError(f"box_weights must be 4 numbers, got {tuple(box_weights)}")
     candidates, in_use = _with_ground_truth(proposals, targets)
@@ -200,8 +198,8 @@ def match_proposals(
         candidates, targets.boxes, targets.labels, targets.offsets, high_threshold, low_threshold, False
     )
     labels = torch.where(in_use, labels, -1)
-    keys = _image_keys(_PROPOSALS, seed, step, targets.image_ids)
-    index, drawn = _sample(labels, keys, batch_size_per_image, int(batch_size_per_image * positive_fraction))
+    keys = image_keys(PROPOSALS, seed, step, targets.image_ids)
+    index, drawn = sample(labels, keys, batch_size_per_image, int(batch_size_per_image * positive_fraction))
     matched = torch.where(drawn > 0, matched.gather(1, index), -1)
     rois = candidates.gather(1, index[..., None].expand(-1, -1, 4)).masked_fill((drawn < 0)[..., None], 0.0)
     deltas, matched_boxes = _encode(rois, targets.boxes, matched, box_weights)
@@ -262,6 +260,8 @@ def _match_cpu(
     low_quality: bool,
 ) -> tuple[Tensor, Tensor]:
     images, count = gt_offsets.shape[0] - 1, boxes.shape[-2]
+    if count == 0:
+        return gt_labels.new_zeros(images, 0), gt_labels.new_zeros(images, 0)
     tiles = _Tiles(boxes, images)
     truth = _Truth(gt_boxes, gt_offsets)
     best = tiles.full(0.0, torch.float32)
@@ -319,7 +319,7 @@ class _Tiles:
 
     def __init__(self, boxes: Tensor, images: int) -> None:
         count = boxes.shape[-2]
-        self.size = min(TILE, max(1, count))
+        self.size = min(TILE, count)
         self.per_image = -(-count // self.size)
         self.images = images
         self.shared = boxes.dim() == 2
@@ -329,8 +329,8 @@ class _Tiles:
             boxes = torch.cat((boxes, boxes[:, -1:].expand(-1, missing, 4)), dim=1)
         corners = boxes.permute(2, 0, 1).contiguous().reshape(4, -1, self.size)
         self.corners = torch.where(box.area(corners.movedim(0, -1)).isfinite(), corners, 0.0)
-        self.low = self.corners[:2].amin(dim=2) if count else self.corners[:2, :, 0]
-        self.high = self.corners[2:].amax(dim=2) if count else self.corners[2:, :, 0]
+        self.low = self.corners[:2].amin(dim=2)
+        self.high = self.corners[2:].amax(dim=2)
 
     def full(self, value: float, dtype: torch.dtype) -> Tensor:
         """A ``(tiles of all images, size)`` tensor of one value."""
@@ -348,7 +348,7 @@ class _Tiles:
         nobody = truth.boxes.shape[0] - 1
         chosen = (chosen & (truth.image >= 0)).nonzero().squeeze(1)
         pairs = []
-        for rows in chosen.split(max(1, _PAIRS // max(1, self.per_image))):
+        for rows in chosen.split(max(1, _PAIRS // self.per_image)):
             low, high = self.low.reshape(2, -1, self.per_image), self.high.reshape(2, -1, self.per_image)
             if not self.shared:
                 low, high = low[:, truth.image[rows]], high[:, truth.image[rows]]
@@ -407,54 +407,3 @@ def _encode(rois: Tensor, gt_boxes: Tensor, matched: Tensor, weights: Sequence[f
     truth = torch.cat((gt_boxes, unit[None]))[matched]
     deltas = box.encode(torch.where(positive, rois, unit), truth, weights)
     return deltas, torch.where(positive, truth, 0.0)
-
-
-def _signed(value: int) -> int:
-    value &= _MASK
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _mix(value: Tensor) -> Tensor:
-    """The finaliser of splitmix64, a bijection of 64-bit integers, in wrapping int64 arithmetic."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        value = (value ^ ((value >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
-    return value ^ ((value >> 31) & ((1 << 33) - 1))
-
-
-def _image_keys(stream: int, seed: int, step: Tensor, image_ids: Tensor) -> Tensor:
-    """``(B,)`` int64, where the sequence of keys of each image starts."""
-    start = _mix(step.new_tensor(_signed(seed ^ stream)))
-    return _mix(_mix(start + step) + image_ids)
-
-
-def _sample(labels: Tensor, keys: Tensor, size: int, positives: int) -> tuple[Tensor, Tensor]:
-    """Draw rows by the smallest keys.
-
-    Args:
-        labels: ``(B, N)`` int64, 1, 0 or -1.
-        keys: ``(B,)`` int64, from :func:`_image_keys`.
-        size: rows S to draw.
-        positives: most rows with label 1.
-
-    Returns:
-        index: ``(B, S)`` int64, 0 in padding.
-        drawn: ``(B, S)`` int64, 1, 0 or -1 for padding.
-    """
-    images, count = labels.shape
-    offset = torch.arange(count, device=labels.device) * _signed(_GOLDEN)
-    # Unsigned order is signed order with the top bit flipped.
-    key = _mix(keys[:, None] + offset) ^ _signed(1 << 63)
-    slot = torch.arange(size, device=labels.device)
-    index = []
-    taken = []
-    for label, most in ((1, positives), (0, size)):
-        among = labels == label
-        last = torch.iinfo(torch.int64).max
-        index.append(torch.where(among, key, last).topk(min(most, count), dim=1, largest=False).indices)
-        taken.append(among.sum(dim=1, keepdim=True).clamp(max=most))
-    positive, total = taken[0], (taken[0] + taken[1]).clamp(max=size)
-    joined = torch.cat((*index, index[0].new_zeros(images, 1)), dim=1)
-    source = torch.where(slot < positive, slot, index[0].shape[1] + slot - positive)
-    source = torch.where(slot < total, source, joined.shape[1] - 1)
-    drawn = torch.where(slot < positive, 1, torch.where(slot < total, 0, -1))
-    return joined.gather(1, source), drawn
