@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .coco import COCODataset, coco_annotations, to_coco
-from .dataset import DataError, DetectionDataset, Record
-from .loader import Batch, Loader, make_loader
-from .transforms import Augment
-from .voc import VOCDataset, voc_root
+from rcnn.data.coco import COCODataset, coco_annotations, to_coco
+from rcnn.data.dataset import DataError, DetectionDataset, Record
+from rcnn.data.loader import Batch, Loader, make_loader
+from rcnn.data.transforms import Augment
+from rcnn.data.voc import VOCDataset, voc_root
 
 __all__ = [
     "Augment",

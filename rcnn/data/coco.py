@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .dataset import (
+from rcnn.data.dataset import (
     Collector,
     DataError,
     DetectionDataset,
@@ -82,8 +82,9 @@ class COCODataset(DetectionDataset):
             known.add(image_id)
             path = _image_path(folders, file_name, where)
             height, width = image.get("height"), image.get("width")
-            sound = type(height) is int and type(width) is int and height > 0 and width > 0
-            declared = (height, width) if sound else None
+            declared = None
+            if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
+                declared = (height, width)
             collector.add(path, image_id, objects.pop(image_id, []), declared, where)
         if objects:
             image_id, orphans = next(iter(objects.items()))

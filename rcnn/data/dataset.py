@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from ..images import ImageError, image_size, read_image
+from rcnn.images import ImageError, image_size, read_image
 
 
 class DataError(ValueError):

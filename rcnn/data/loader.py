@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..config import LoaderConfig
-from ..images import PADDING, ImageError, stack
-from ..structures import Targets
-from .dataset import DetectionDataset
-from .transforms import MIN_SIDE, Augment, generator
+from rcnn.config import LoaderConfig
+from rcnn.data.dataset import DetectionDataset
+from rcnn.data.transforms import MIN_SIDE, Augment, generator
+from rcnn.images import PADDING, ImageError, stack
+from rcnn.structures import Targets
 
 #: Height and width of a batch are multiples of this: the coarsest stride of the models.
 DIVISOR = 32

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ..images import resize, target_size
+from rcnn.images import resize, target_size
 
 #: Boxes with a side shorter than this after resizing, in pixels, do not train.
 MIN_SIDE = 1.0

@@ -14,8 +14,7 @@ from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
-from ..images import SUFFIXES
-from .dataset import (
+from rcnn.data.dataset import (
     Collector,
     DataError,
     DetectionDataset,
@@ -25,6 +24,7 @@ from .dataset import (
     inside,
     unknown_class,
 )
+from rcnn.images import SUFFIXES
 
 LABEL_MAP = "pascal_label_map.pbtxt"
 
