@@ -178,7 +178,7 @@ def _overlaps(left: Tensor, right: Tensor, iou_threshold: float) -> Tensor:
 
 
 def _settle(suppresses: Tensor, alive: Tensor) -> Tensor:
-    """Greedy answer of chunks: ``suppresses`` ``(..., I, I)`` strictly upper triangular, ``alive`` ``(..., I)`` bool."""
+    """Greedy answer of chunks; ``suppresses (..., I, I)`` is strictly upper triangular, ``alive (..., I)`` bool."""
     keep = alive
     while True:
         struck = (suppresses & keep.unsqueeze(-1)).any(dim=-2)
