@@ -5,6 +5,7 @@ Found are ``annotations/instances_SPLIT.json`` (in the data folder or its ``data
 ``SPLIT/_annotations.coco.json`` with images beside it (``val`` also finds ``valid``).
 """
 
+import itertools
 import json
 import math
 import os
@@ -67,8 +68,8 @@ class COCODataset(DetectionDataset):
             raise DataError(f"{root}: expected a data folder, but there is none")
         name, file = _find_split(root, split)
         content = _read(file)
-        names, labels, categories = _categories(content["categories"], classes, file)
-        objects = _objects(content["annotations"], labels, names, file)
+        names, by_id, categories = _categories(content["categories"], classes, file)
+        objects = _objects(content["annotations"], by_id, names, file)
         collector = Collector(strict)
         folders = _image_folders(name, file)
         known: set[int] = set()
@@ -167,8 +168,8 @@ def _read(file: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _categories(
     items: list[dict[str, Any]], classes: Sequence[str] | None, file: Path
-) -> tuple[list[str], dict[int, int], dict[int, int]]:
-    """Class names; category id to label (0: a category that is none of ``classes``); label to category id."""
+) -> tuple[list[str], dict[int, str], dict[int, int]]:
+    """Class names; name of each category id; label to category id."""
     by_id: dict[int, str] = {}
     for number, item in enumerate(items, 1):
         where = f"{file}: category {number}"
@@ -184,29 +185,25 @@ def _categories(
     if group is not None and any(i.get("supercategory") == group["name"] for i in items):
         del by_id[0]
     names = check_classes(list(by_id.values()), str(file)) if classes is None else check_classes(classes, "classes")
-    label_of = {name: k for k, name in enumerate(names, 1)}
-    labels = {key: label_of.get(name, 0) for key, name in by_id.items()}
-    categories = {label: key for key, label in labels.items() if label}
-    free = max(by_id, default=0)
-    for label in range(1, len(names) + 1):
-        if label not in categories:
-            free += 1
-            categories[label] = free
-    return names, labels, dict(sorted(categories.items()))
+    id_of = {name: key for key, name in by_id.items()}
+    free = itertools.count(max(by_id, default=0) + 1)
+    categories = {label: id_of[name] if name in id_of else next(free) for label, name in enumerate(names, 1)}
+    return names, by_id, categories
 
 
 def _objects(
-    items: list[dict[str, Any]], labels: dict[int, int], names: list[str], file: Path
+    items: list[dict[str, Any]], by_id: dict[int, str], names: list[str], file: Path
 ) -> dict[int, list[RawObject]]:
     """Objects of each image by its id, in the file's order."""
     objects: dict[int, list[RawObject]] = {}
+    labels = {name: label for label, name in enumerate(names, 1)}
     for number, item in enumerate(items, 1):
         where = f"{file}: annotation {item['id']}" if "id" in item else f"{file}: annotation number {number}"
         image_id, category = _integer(item, "image_id", where), _integer(item, "category_id", where)
-        if category not in labels:
+        if category not in by_id:
             raise DataError(f"{where}: expected the id of a category in this file, got category_id {category}")
-        if not labels[category]:
-            unknown_class(where, f"category {category}", names)
+        if by_id[category] not in labels:
+            unknown_class(where, by_id[category], names)
         box, problem = _box(item.get("bbox"))
         crowd, area = item.get("iscrowd", 0), item.get("area", -1)
         if crowd not in (0, 1):
@@ -214,7 +211,7 @@ def _objects(
         if not _is_number(area) or not 0 <= area < math.inf:
             area = None
         objects.setdefault(image_id, []).append(
-            RawObject(where, box, labels[category], crowd == 1, area, problem=problem)
+            RawObject(where, box, labels[by_id[category]], crowd == 1, area, problem=problem)
         )
     return objects
 

@@ -164,7 +164,10 @@ class Loader(DataLoader[Batch]):
         # An error comes as a value: torch would bury its sentence in the worker's traceback.
         for item in super().__iter__():
             if isinstance(item, ImageError):
-                raise item
+                try:
+                    raise item
+                finally:
+                    del item  # a cycle of error, traceback and this frame would keep the workers waiting for 5 s
             yield item
 
 
