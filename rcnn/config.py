@@ -181,7 +181,7 @@ class TrainConfig:
     resume: bool = False
     strict: bool = False
     one_based: bool = True
-    val_interval: int | None = None
+    val_interval: int = 1
     log_interval: int = 10
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -220,7 +220,6 @@ _REFERENCE_ROI = RoIConfig(batch_size_per_image=512, dropout=0.0)
 RECIPES: dict[str, TrainConfig] = {
     "tiny": TrainConfig(
         epochs=24,
-        val_interval=4,
         model=ModelConfig(
             frozen_stages=0,
             min_size=240,
@@ -243,7 +242,6 @@ RECIPES: dict[str, TrainConfig] = {
     **{
         name: TrainConfig(
             epochs=26,
-            val_interval=1,
             model=ModelConfig(
                 frozen_stages=frozen,
                 min_size=800,
@@ -258,7 +256,6 @@ RECIPES: dict[str, TrainConfig] = {
     },
     "vgg16": TrainConfig(
         epochs=10,
-        val_interval=1,
         model=ModelConfig(
             frozen_stages=2,
             min_size=600,

@@ -5,7 +5,7 @@ be called by every one of them, in the same order.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -124,6 +124,17 @@ def mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     together = torch.stack([value.detach().float() for value in values.values()])
     dist.all_reduce(together)
     return dict(zip(values, together / world_size(), strict=True))
+
+
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors with those of the first process.
+
+    Args:
+        tensors: the same number and shapes on every process, on its device.
+    """
+    if _together():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def any_rank(flag: bool) -> bool:

@@ -149,6 +149,8 @@ def evaluate(model: FasterRCNN, loader: Loader, dataset: DetectionDataset) -> Ev
     """
     training, device = model.training, model.mean.device
     model.eval()
+    # In training each process gathers batch statistics of its own; all must judge the model that is saved.
+    distributed.copy_from_first(model.buffers())
     found: dict[int, dict[str, np.ndarray]] = {}
     totals: dict[str, float] = {}
     skipped: list[str] = []
@@ -313,7 +315,7 @@ def train(
             means = distributed.mean({name: total / max(taken, 1) for name, total in totals.items()})
             values = {name: loss.item() for name, loss in means.items()}
             found = None
-            if at.epoch % (config.val_interval or 1) == 0 or at.epoch == epochs:
+            if at.epoch % config.val_interval == 0 or at.epoch == epochs:
                 found = evaluate(model, val_loader, val_set)
             if rank == 0:
                 metrics = _metrics(values, found)

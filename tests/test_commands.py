@@ -25,7 +25,7 @@ SMALL = ["--model.min_size", "96", "--model.max_size", "128", "--loader.workers"
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A small flower data set."""
-    return flowers.write(tmp_path_factory.mktemp("data"), count=24, seed=1).parent
+    return flowers.write(tmp_path_factory.mktemp("data") / "flowers", count=24, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_predict_takes_files_folders_and_globs(run, data, tmp_path, capsys):
     (folder / "notes.txt").write_text("no picture")
     out = tmp_path / "out"
     inputs = [str(pictures[0]), str(folder), str(folder / "*.jpg")]
-    cli.main(["predict", "--checkpoint", str(run), *inputs, "--out", str(out), "--score_threshold", "0.06"])
+    cli.main(["predict", "--checkpoint", str(run), *inputs, "--out", str(out), "--score_threshold", "0.06", "--batch_size", "1"])
     assert "1 skipped" in capsys.readouterr().out
     content = json.loads((out / "detections.json").read_text())
     assert content["classes"] == ["daisy", "tulip"]
@@ -147,10 +147,10 @@ def test_two_processes_train_and_evaluate_together(data, tmp_path):
     assert job.stdout.count("run folder:") == 1
     rows = list(csv.DictReader((out / "results.csv").open()))
     assert len(rows) == 1
-    cli.main(["evaluate", "--checkpoint", str(out), "--data", str(data), "--workers", "0"])
+    cli.main(["evaluate", "--checkpoint", str(out), "--data", str(data), "--workers", "0", "--batch_size", "4"])
     content = json.loads((out / "evaluation_val.json").read_text())
     assert content["coco"]["AP"] == pytest.approx(float(rows[0]["AP"]), abs=1e-6)
-    assert sum(content["losses"].values()) == pytest.approx(float(rows[0]["val_loss"]), rel=1e-4)
+    assert sum(content["losses"].values()) == pytest.approx(float(rows[0]["val_loss"]), rel=1e-5)
 
 
 def test_published_weights_are_reported(data, tmp_path, capsys):
@@ -198,9 +198,9 @@ def test_bad_input_gets_one_sentence(run, data, tmp_path, capsys):
 
 def test_resuming_with_other_classes_is_refused(run, tmp_path, capsys):
     other = flowers.write(tmp_path / "data", count=12, seed=2)
-    for file in (other / "Annotations").glob("*.xml"):
+    for file in (other / "VOC2007" / "Annotations").glob("*.xml"):
         file.write_text(file.read_text().replace("<name>tulip</name>", "<name>rose</name>"))
-    label_map = other / "pascal_label_map.pbtxt"
+    label_map = other / "VOC2007" / "pascal_label_map.pbtxt"
     label_map.write_text(label_map.read_text().replace("tulip", "rose"))
-    line = fails(capsys, 1, "train", "--data", other.parent, "--out", run, "--resume", "--epochs", "3", *SMALL)
+    line = fails(capsys, 1, "train", "--data", other, "--out", run, "--resume", "--epochs", "3", *SMALL)
     assert "rose" in line and "tulip" in line

@@ -65,6 +65,7 @@ class FasterRCNN(nn.Module):
         classes: the class names.
         loaded: what came from a file of published weights, one paragraph; empty without one.
         step: ``()`` int64 buffer, training steps taken; it seeds the sampling and advances with each training forward.
+            In evaluation mode sampling takes step 0, so that validation losses can be compared.
 
     Raises:
         ValueError: no class, or two of the same name.
@@ -129,9 +130,12 @@ class FasterRCNN(nn.Module):
             raise ValueError(f"targets must be of {images.shape[0]} images, got {targets.image_sizes.shape[0]}")
         if self.training:
             self.step += 1
-        features = self._features(images)
-        proposals, losses = self.rpn(features, targets.image_sizes, targets, self.step)
-        return losses | self.roi_heads.losses(features, proposals, targets, self.step)
+        return self._losses(self._features(images), targets)
+
+    def _losses(self, features: list[Tensor], targets: Targets) -> dict[str, Tensor]:
+        step = self.step if self.training else torch.zeros_like(self.step)
+        proposals, losses = self.rpn(features, targets.image_sizes, targets, step)
+        return losses | self.roi_heads.losses(features, proposals, targets, step)
 
     @torch.no_grad()
     def validate(self, images: Tensor, targets: Targets) -> tuple[dict[str, Tensor], Detections]:
@@ -145,10 +149,7 @@ class FasterRCNN(nn.Module):
             What :meth:`forward` and :meth:`detect` give.
         """
         features = self._features(images)
-        proposals, losses = self.rpn(features, targets.image_sizes, targets, self.step)
-        losses |= self.roi_heads.losses(features, proposals, targets, self.step)
-        proposals, _ = self.rpn(features, targets.image_sizes, None, self.step)
-        return losses, self.roi_heads.detect(features, proposals, targets.image_sizes)
+        return self._losses(features, targets), self._detections(features, targets.image_sizes)
 
     @torch.no_grad()
     def detect(self, images: Tensor, image_sizes: Tensor | None = None) -> Detections:
@@ -164,6 +165,9 @@ class FasterRCNN(nn.Module):
         features = self._features(images)
         if image_sizes is None:
             image_sizes = torch.tensor([images.shape[-2:]], device=images.device).expand(len(images), 2).float()
+        return self._detections(features, image_sizes)
+
+    def _detections(self, features: list[Tensor], image_sizes: Tensor) -> Detections:
         proposals, _ = self.rpn(features, image_sizes, None, self.step)
         return self.roi_heads.detect(features, proposals, image_sizes)
 
