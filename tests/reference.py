@@ -166,3 +166,79 @@ def detections(probabilities, deltas, boxes, size, score_threshold, iou_threshol
         candidates.sort()
         found += [candidates[i] for i in thin([c[3] for c in candidates], iou_threshold)]
     return [(box, -score, label) for score, _, label, box in sorted(found)[:most]]
+
+
+# NMS of unsorted boxes, RoI Align and RoI pooling; a map is ``map[channel][y][x]``, a region ``x1, y1, x2, y2``.
+
+
+def nms(boxes, scores, groups, iou_threshold):
+    """Positions kept by falling score, lower position first; boxes of different groups never meet."""
+    order = [i for i in range(len(boxes)) if all(math.isfinite(v) for v in boxes[i])]
+    order.sort(key=lambda i: (-scores[i], i))
+    kept = []
+    for i in order:
+        if all(groups[i] != groups[j] or box_iou(boxes[i], boxes[j]) <= iou_threshold for j in kept):
+            kept.append(i)
+    return kept
+
+
+def bilinear(plane, y, x):
+    """Value between four cells; 0 more than one cell outside, the border value up to there."""
+    height, width = len(plane), len(plane[0])
+    if not (-1 <= y <= height and -1 <= x <= width):
+        return 0.0
+    y, x = min(max(y, 0.0), height - 1.0), min(max(x, 0.0), width - 1.0)
+    top, left = int(y), int(x)
+    bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+    dy, dx = y - top, x - left
+    upper = plane[top][left] * (1 - dx) + plane[top][right] * dx
+    lower = plane[bottom][left] * (1 - dx) + plane[bottom][right] * dx
+    return upper * (1 - dy) + lower * dy
+
+
+def roi_align(planes, region, size, scale, sampling_ratio, aligned):
+    """Average of the samples of each bin, ``[channel][i][j]``."""
+    x1, y1, x2, y2 = (v * scale - (0.5 if aligned else 0.0) for v in region)
+    width, height = x2 - x1, y2 - y1
+    if not aligned:
+        width, height = max(width, 1.0), max(height, 1.0)
+    bin_height, bin_width = height / size[0], width / size[1]
+    rows = sampling_ratio if sampling_ratio > 0 else max(0, math.ceil(bin_height))
+    columns = sampling_ratio if sampling_ratio > 0 else max(0, math.ceil(bin_width))
+    result = []
+    for plane in planes:
+        result.append([[0.0] * size[1] for _ in range(size[0])])
+        for i in range(size[0]):
+            for j in range(size[1]):
+                for k in range(rows):
+                    for n in range(columns):
+                        y = y1 + i * bin_height + (k + 0.5) * bin_height / rows
+                        x = x1 + j * bin_width + (n + 0.5) * bin_width / columns
+                        result[-1][i][j] += bilinear(plane, y, x) / (rows * columns)
+    return result
+
+
+def pyramid_level(region, finest, coarsest, canonical_scale=224, canonical_level=4):
+    """Level of a region of positive area."""
+    side = math.sqrt((region[2] - region[0]) * (region[3] - region[1]))
+    level = math.floor(canonical_level + math.log2(side / canonical_scale) + 1e-6)
+    return min(max(level, finest), coarsest)
+
+
+def roi_pool(planes, region, size, scale):
+    """Maximum of each bin and the cell ``(y, x)`` it came from or None, both ``[channel][i][j]``."""
+    x1, y1, x2, y2 = (int(math.floor(abs(v * scale) + 0.5) * (1 if v > 0 else -1)) for v in region)
+    height, width = max(y2 - y1 + 1, 1), max(x2 - x1 + 1, 1)
+    values, cells = [], []
+    for plane in planes:
+        values.append([[0.0] * size[1] for _ in range(size[0])])
+        cells.append([[None] * size[1] for _ in range(size[0])])
+        for i in range(size[0]):
+            for j in range(size[1]):
+                top, bottom = y1 + i * height // size[0], y1 - (-(i + 1) * height // size[0])
+                left, right = x1 + j * width // size[1], x1 - (-(j + 1) * width // size[1])
+                for y in range(max(top, 0), min(bottom, len(plane))):
+                    for x in range(max(left, 0), min(right, len(plane[0]))):
+                        if cells[-1][i][j] is None or plane[y][x] > values[-1][i][j]:
+                            values[-1][i][j], cells[-1][i][j] = plane[y][x], (y, x)
+    return values, cells

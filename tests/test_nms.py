@@ -1,0 +1,186 @@
+"""NMS against the oracle, by hand on the threshold, on ties and on boxes that are not finite."""
+
+import math
+
+import pytest
+import reference
+import torch
+from torch import Tensor
+
+from rcnn import boxes as geometry
+from rcnn.kernels import nms as exported
+from rcnn.kernels.nms import _overlaps, _table, batched_nms, nms, nms_padded
+
+#: Not the ratio of small whole numbers, so no IoU of the random boxes lies on a threshold.
+THRESHOLDS = (0.0, 1 / math.pi, 1 / math.sqrt(2), 1.0)
+
+
+def random_boxes(count: int, seed: int, side: int = 60) -> Tensor:
+    """Whole-number corners: areas are exact in float32. About a tenth of the boxes has no area."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(0, side, (count, 2), generator=generator)
+    extent = torch.randint(0, side // 2, (count, 2), generator=generator)
+    return torch.cat((first, first + extent), dim=1).float()
+
+
+def random_scores(count: int, seed: int) -> Tensor:
+    """Scores in steps of 1/16, so that many are equal."""
+    return torch.randint(0, 16, (count,), generator=torch.Generator().manual_seed(seed)).float() / 16
+
+
+@pytest.mark.parametrize("iou_threshold", THRESHOLDS)
+@pytest.mark.parametrize("count", [0, 1, 2, 63, 64, 65, 150, 300])
+def test_agrees_with_the_oracle(count: int, iou_threshold: float) -> None:
+    for seed in range(4):
+        boxes, scores = random_boxes(count, seed), random_scores(count, seed)
+        boxes[seed::37, seed] = (math.nan, math.inf, -math.inf, math.nan)[seed]
+        groups = torch.randint(0, 4, (count,), generator=torch.Generator().manual_seed(seed)) * 1000 - 7
+        plain = reference.nms(boxes.tolist(), scores.tolist(), [0] * count, iou_threshold)
+        assert nms(boxes, scores, iou_threshold).tolist() == plain
+        assert nms(boxes.double(), scores, iou_threshold).tolist() == plain
+        by_group = reference.nms(boxes.tolist(), scores.tolist(), groups.tolist(), iou_threshold)
+        assert batched_nms(boxes, scores, groups, iou_threshold).tolist() == by_group
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_compared_in_float32(dtype: torch.dtype) -> None:
+    boxes, scores = random_boxes(200, 1).to(dtype), random_scores(200, 1).to(dtype)
+    assert torch.equal(nms(boxes, scores, 0.4), nms(boxes.float(), scores.float(), 0.4))
+
+
+def test_only_a_greater_iou_suppresses() -> None:
+    # Areas 4 and 2, all of the second inside the first: IoU 0.5 exactly.
+    boxes = torch.tensor([[0.0, 0, 2, 2], [0, 0, 1, 2]])
+    scores = torch.tensor([0.9, 0.8])
+    below = math.nextafter(0.5, 0)
+    assert nms(boxes, scores, 0.5).tolist() == [0, 1]
+    assert nms(boxes, scores, 0.5 - 2**-25).tolist() == [0]
+    # Below the spacing of float32 the threshold rounds to 0.5; in float64 it does not.
+    assert nms(boxes, scores, below).tolist() == [0, 1]
+    assert nms(boxes.double(), scores, below).tolist() == [0]
+
+
+def test_equal_scores_keep_the_lower_index() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10]]).repeat(100, 1)
+    assert nms(boxes, torch.zeros(100), 0.5).tolist() == [0]
+    assert nms(boxes, torch.tensor([0.0] * 40 + [1.0] * 60), 0.5).tolist() == [40]
+
+
+def test_a_suppressed_box_suppresses_nothing() -> None:
+    # IoU of neighbours is 8 / 12 = 0.667, of next but one 6 / 14 = 0.429.
+    boxes = torch.tensor([[2.0 * i, 0, 2 * i + 10, 1] for i in range(200)])
+    assert nms(boxes, torch.arange(200, 0, -1).float(), 0.5).tolist() == list(range(0, 200, 2))
+
+
+def test_boxes_that_are_not_finite_neither_survive_nor_suppress() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, math.inf], [0, 0, 10, 10], [math.nan, 0, 10, 10], [-math.inf, 0, math.inf, 9]])
+    assert nms(boxes, torch.tensor([4.0, 1, 3, 2]), 0.1).tolist() == [1]
+
+
+def test_boxes_without_overlap_stay_whatever_their_extent() -> None:
+    # Reversed, empty and so large that the area overflows: every IoU is 0 or not a number.
+    boxes = torch.tensor([[9.0, 9, 1, 1], [9, 9, 1, 1], [5, 5, 5, 5], [5, 5, 5, 5], [-1e30, -1e30, 1e30, 1e30]])
+    boxes = torch.cat((boxes, boxes[4:], torch.tensor([[0.0, 0, 1e-30, 1e-30]])))
+    assert nms(boxes, torch.ones(7), 0.0).tolist() == list(range(7))
+
+
+def test_iou_is_that_of_boxes_to_the_bit() -> None:
+    generator = torch.Generator().manual_seed(3)
+    corner = torch.rand(200, 2, generator=generator) * 300
+    boxes = torch.cat((corner, corner + torch.rand(200, 2, generator=generator) * 200), dim=1)
+    iou = geometry.iou(boxes[:, None], boxes[None])
+    table = _table(boxes)
+    for threshold in iou[iou > 0][::1009].tolist():
+        assert torch.equal(_overlaps(table, table, threshold), iou > threshold)
+
+
+@pytest.mark.parametrize("rows", [1, 20, 64, 90])
+def test_padded_problems_are_independent(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    count = torch.randint(0, rows + 1, (30,), generator=generator)
+    count[:2] = torch.tensor([0, rows])
+    boxes = torch.stack([random_boxes(rows, 100 + q, 40) for q in range(30)])
+    boxes[5::3, 0, 1] = math.nan
+    for most in (0, 1, 7, rows, rows + 5):
+        keep, kept = nms_padded(boxes, count, THRESHOLDS[1], most)
+        assert keep.shape == (30, most)
+        assert keep.dtype == kept.dtype == torch.int64
+        for q in range(30):
+            used = boxes[q, : count[q]].tolist()
+            expected = reference.nms(used, [0] * len(used), [0] * len(used), THRESHOLDS[1])[:most]
+            assert keep[q, : kept[q]].tolist() == expected
+            assert not keep[q, kept[q] :].any()
+
+
+def test_rows_beyond_the_count_change_nothing() -> None:
+    boxes = random_boxes(40, 5).view(2, 20, 4)
+    count = torch.tensor([7, 12])
+    expected = nms_padded(boxes, count, 0.3, 20)
+    for value in (math.nan, 0.0, 50.0):
+        other = boxes.clone()
+        other[0, 7:], other[1, 12:] = value, value
+        assert all(torch.equal(a, b) for a, b in zip(nms_padded(other, count, 0.3, 20), expected, strict=True))
+
+
+def test_no_problem_and_no_row() -> None:
+    for shape in ((0, 5, 4), (3, 0, 4)):
+        keep, kept = nms_padded(torch.zeros(shape), torch.zeros(shape[0], dtype=torch.int64), 0.5, 6)
+        assert keep.shape == (shape[0], 6)
+        assert not keep.any()
+        assert kept.tolist() == [0] * shape[0]
+
+
+def test_many_classes_of_very_different_size() -> None:
+    boxes, scores = random_boxes(700, 8), random_scores(700, 8)
+    groups = torch.cat((torch.zeros(400, dtype=torch.int64), torch.arange(300) // 3 + 1))
+    expected = reference.nms(boxes.tolist(), scores.tolist(), groups.tolist(), THRESHOLDS[1])
+    assert batched_nms(boxes, scores, groups, THRESHOLDS[1]).tolist() == expected
+
+
+def test_needs_no_gradient() -> None:
+    boxes, scores = random_boxes(5, 1).requires_grad_(), random_scores(5, 1).requires_grad_()
+    assert not nms(boxes, scores, 0.5).requires_grad
+
+
+def test_the_function_is_exported() -> None:
+    assert exported is nms
+
+
+@pytest.mark.parametrize(
+    ("boxes", "scores", "iou_threshold", "message"),
+    [
+        (torch.zeros(3, 5), torch.zeros(3), 0.5, r"boxes must have shape \(N, 4\), got \(3, 5\)"),
+        (torch.zeros(3, 4), torch.zeros(2), 0.5, r"scores must have shape \(3,\), got \(2,\)"),
+        (torch.zeros(3, 4).long(), torch.zeros(3), 0.5, "boxes must have a floating point dtype, got torch.int64"),
+        (torch.zeros(3, 4), torch.zeros(3).long(), 0.5, "scores must have a floating point dtype, got torch.int64"),
+        (torch.zeros(3, 4), torch.zeros(3), -0.1, r"iou_threshold must lie in 0\.\.1, got -0.1"),
+        (torch.zeros(3, 4), torch.zeros(3), 1.1, r"iou_threshold must lie in 0\.\.1, got 1.1"),
+        (torch.zeros(3, 4), torch.zeros(3), math.nan, r"iou_threshold must lie in 0\.\.1, got nan"),
+    ],
+)
+def test_refuses(boxes: Tensor, scores: Tensor, iou_threshold: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        nms(boxes, scores, iou_threshold)
+    with pytest.raises(ValueError, match=message):
+        batched_nms(boxes, scores, torch.zeros(len(scores), dtype=torch.int64), iou_threshold)
+
+
+def test_refuses_wrong_groups() -> None:
+    with pytest.raises(ValueError, match=r"idxs must have shape \(3,\), got \(2,\)"):
+        batched_nms(torch.zeros(3, 4), torch.zeros(3), torch.zeros(2).long(), 0.5)
+    with pytest.raises(ValueError, match="idxs must have an integer dtype, got torch.float32"):
+        batched_nms(torch.zeros(3, 4), torch.zeros(3), torch.zeros(3), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "count", "most", "message"),
+    [
+        ((2, 3), torch.zeros(2).long(), 1, r"boxes must have shape \(Q, M, 4\), got \(2, 3\)"),
+        ((2, 3, 4), torch.zeros(3).long(), 1, r"count must have shape \(2,\), got \(3,\)"),
+        ((2, 3, 4), torch.zeros(2), 1, "count must be torch.int64, got torch.float32"),
+        ((2, 3, 4), torch.zeros(2).long(), -1, "max_output must be an integer not below 0, got -1"),
+    ],
+)
+def test_refuses_wrong_padding(shape: tuple[int, ...], count: Tensor, most: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        nms_padded(torch.zeros(shape), count, 0.5, most)
