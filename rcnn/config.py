@@ -1,7 +1,7 @@
 """Configuration: what can be set, its unit, its default and where the default comes from.
 
-A field whose default is ``None`` takes the value of the model's recipe (:data:`RECIPES`); :func:`resolve` fills it in, and
-the run folder's ``config.yaml`` holds the filled values.
+A field whose default is ``None`` takes the value of the model's recipe (:data:`RECIPES`); :func:`resolve` fills it in,
+and the run folder's ``config.yaml`` holds the filled values.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -312,6 +312,17 @@ def resolve(config: TrainConfig) -> TrainConfig:
         config = replace(config, model=replace(config.model, norm="frozen" if frozen else "batch"))
     _check(config)
     return config
+
+
+def given(value: _T | None) -> _T:
+    """A field that :func:`resolve` has filled in.
+
+    Raises:
+        ValueError: the configuration was not resolved.
+    """
+    if value is None:
+        raise ValueError("the configuration must be resolved first (rcnn.config.resolve), got an unset field")
+    return value
 
 
 def resolve_model(config: ModelConfig) -> ModelConfig:

@@ -12,14 +12,14 @@ import jsonargparse
 from rich.console import Console
 from rich.table import Table
 
-#Xfrom rcnn.data.dataset import DetectionDataset
+from rcnn.data.dataset import DetectionDataset
 
 #: Exit code after Ctrl-C, as the shell's own.
 INTERRUPTED = 130
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """jsonargparse's parser: no abbreviations, one sentence per error, and the nearest known name for an unknown one."""
+    """jsonargparse's parser: no abbreviations, one sentence per error, the nearest known name for an unknown one."""
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
@@ -38,7 +38,10 @@ class Parser(jsonargparse.ArgumentParser):
     def _switches(self, words: list[str]) -> list[str]:
         # A switch may stand alone: --resume means --resume true.
         switches = {
-            name for action in self._actions if getattr(action, "_typehint", None) is bool for name in action.option_strings
+            name
+            for action in self._actions
+            if getattr(action, "_typehint", None) is bool
+            for name in action.option_strings
         }
         filled = []
         for word, following in zip(words, [*words[1:], ""], strict=True):
@@ -88,7 +91,7 @@ def run(prog: str, main: Callable[[], None]) -> None:
         sys.exit(INTERRUPTED)
 
 
-def print_problems(dataset: "DetectionDataset", split: str, limit: int = 20) -> None:
+def print_problems(dataset: DetectionDataset, split: str, limit: int = 20) -> None:
     """Say what the reader skipped or mended, a line each."""
     for problem in dataset.problems[:limit]:
         print(f"{split}: {problem}")

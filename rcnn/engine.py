@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rcnn import checkpoint, distributed
-from rcnn.config import OptimConfig, TrainConfig
+from rcnn.config import LoaderConfig, OptimConfig, TrainConfig, given
 from rcnn.data.dataset import DetectionDataset
 from rcnn.data.loader import Batch, Loader, make_loader
 from rcnn.detector import config_to
@@ -39,7 +39,7 @@ class Evaluation:
     """What :func:`evaluate` found.
 
     Attributes:
-        results: ``{"boxes", "labels", "scores"}`` arrays of each image in the data set's order; boxes in its own pixels.
+        results: ``{"boxes", "labels", "scores"}`` arrays of each image in the data set's order; boxes in its pixels.
         losses: mean of each loss over the images.
         voc: result of :func:`rcnn.metrics.voc.voc_ap`.
         coco: result of :func:`rcnn.metrics.coco.coco_ap`.
@@ -75,7 +75,7 @@ def choose_device(name: str) -> torch.device:
 def make_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
     """SGD with momentum or AdamW over the parameters that train."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    decay = config.weight_decay or 0.0
+    decay = given(config.weight_decay)
     if config.name == "sgd":
         return torch.optim.SGD(parameters, lr, config.momentum, weight_decay=decay, fused=True)
     return torch.optim.AdamW(parameters, lr, weight_decay=decay, fused=True)
@@ -83,7 +83,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.op
 
 def scaled_lr(config: OptimConfig, images_per_step: int) -> tuple[float, str]:
     """The learning rate for a step of so many images, and the arithmetic as a sentence."""
-    lr, base = config.lr or 0.0, config.base_batch_size
+    lr, base = given(config.lr), given(config.base_batch_size)
     if not base:
         return lr, f"learning rate {lr:g}, not scaled"
     scaled = lr * images_per_step / base
@@ -93,8 +93,8 @@ def scaled_lr(config: OptimConfig, images_per_step: int) -> tuple[float, str]:
 def lr_factor(config: OptimConfig, step: int, steps: int, steps_per_epoch: int) -> float:
     """The learning rate of a step as a share of its peak.
 
-    A linear warm-up over the first ``warmup`` of all steps times the schedule: half a cosine to zero from there on; ``gamma``
-    at each of ``milestones``; or ``gamma`` every ``step_size`` epochs.
+    A linear warm-up over the first ``warmup`` of all steps times the schedule: half a cosine to zero from there on;
+    ``gamma`` at each of ``milestones``; or ``gamma`` every ``step_size`` epochs.
 
     Args:
         config: the schedule.
@@ -102,9 +102,9 @@ def lr_factor(config: OptimConfig, step: int, steps: int, steps_per_epoch: int) 
         steps: of the whole run.
         steps_per_epoch: of one epoch.
     """
-    warm_steps = round((config.warmup or 0.0) * steps)
+    warm_steps = round(given(config.warmup) * steps)
     warm = min(1.0, (step + 1) / warm_steps) if warm_steps else 1.0
-    gamma = 1.0 if config.gamma is None else config.gamma
+    gamma = given(config.gamma)
     if config.schedule == "cosine":
         done = max(0, step - warm_steps) / max(1, steps - warm_steps)
         return warm * 0.5 * (1 + math.cos(math.pi * done))
@@ -134,6 +134,23 @@ def train_step(
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     optimizer.step()
     return {name: loss.detach() for name, loss in losses.items()}
+
+
+def loader_for(
+    model: FasterRCNN, dataset: DetectionDataset, config: LoaderConfig, *, train: bool, seed: int = 0
+) -> Loader:
+    """This process's share of a data set at the size that the model sees."""
+    return make_loader(
+        dataset,
+        config,
+        min_size=given(model.config.min_size),
+        max_size=given(model.config.max_size),
+        train=train,
+        seed=seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        pin_memory=model.mean.is_cuda,
+    )
 
 
 def evaluate(model: FasterRCNN, loader: Loader, dataset: DetectionDataset) -> Evaluation | None:
@@ -170,7 +187,11 @@ def evaluate(model: FasterRCNN, loader: Loader, dataset: DetectionDataset) -> Ev
         return None
     found = {index: one for share in shares for index, one in share[0].items()}
     images = sum(share[2] for share in shares)
-    empty = {"boxes": np.zeros((0, 4), np.float32), "labels": np.zeros(0, np.int64), "scores": np.zeros(0, np.float32)}
+    empty: dict[str, np.ndarray] = {
+        "boxes": np.zeros((0, 4), np.float32),
+        "labels": np.zeros(0, np.int64),
+        "scores": np.zeros(0, np.float32),
+    }
     results = [found.get(index, empty) for index in range(len(dataset))]
     names = dict.fromkeys(name for share in shares for name in share[1])
     return Evaluation(
@@ -212,7 +233,9 @@ def _stop_flag() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _save(run: Path, model: FasterRCNN, optimizer: torch.optim.Optimizer, at: _Position, metrics: dict[str, Any]) -> None:
+def _save(
+    run: Path, model: FasterRCNN, optimizer: torch.optim.Optimizer, at: _Position, metrics: dict[str, Any]
+) -> None:
     weights = model.state_dict()
     extra = {"epoch": at.epoch, "step": at.step, "metrics": metrics}
     checkpoint.save(run / checkpoint.MODEL_LAST, weights, config_to(model), model.classes, extra)
@@ -268,12 +291,10 @@ def train(
         DivergedError: a loss is not finite; the last checkpoint is as it was.
     """
     rank, world = distributed.rank(), distributed.world_size()
-    device, epochs = model.mean.device, config.epochs or 1
-    sizes = {"min_size": model.config.min_size, "max_size": model.config.max_size}
-    shared: dict[str, Any] = {"seed": config.seed, "rank": rank, "world_size": world}
-    loader = make_loader(train_set, config.loader, **sizes, train=True, **shared)
-    val_loader = make_loader(val_set, config.loader, **sizes, train=False, **shared)
-    lr, _ = scaled_lr(config.optim, (config.loader.batch_size or 1) * world)
+    device, epochs = model.mean.device, given(config.epochs)
+    loader = loader_for(model, train_set, config.loader, train=True, seed=config.seed)
+    val_loader = loader_for(model, val_set, config.loader, train=False)
+    lr, _ = scaled_lr(config.optim, given(config.loader.batch_size) * world)
     optimizer = make_optimizer(model, config.optim, lr)
     at = _restore(run, model, optimizer) if config.resume else _Position()
     network: nn.Module = model
@@ -295,7 +316,7 @@ def train(
                 rate = lr * lr_factor(config.optim, at.step, steps, steps_per_epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                losses = train_step(network, batch.to(device), optimizer, config.optim.clip_norm or 0.0)
+                losses = train_step(network, batch.to(device), optimizer, given(config.optim.clip_norm))
                 taken += 1
                 at.step += 1
                 at.step_in_epoch += 1
@@ -309,7 +330,9 @@ def train(
                 if distributed.any_rank(stopping()):
                     if rank == 0:
                         _save(run, model, optimizer, at, {})
-                    raise Interrupted(f"stopped in epoch {at.epoch + 1}, step {at.step}; --resume true goes on from there")
+                    raise Interrupted(
+                        f"stopped in epoch {at.epoch + 1}, step {at.step}; --resume true goes on from there"
+                    )
                 end = time.perf_counter()
             at.epoch, at.step_in_epoch = at.epoch + 1, 0
             means = distributed.mean({name: total / max(taken, 1) for name, total in totals.items()})
@@ -337,9 +360,7 @@ def _metrics(losses: dict[str, float], found: Evaluation | None) -> dict[str, fl
     return values
 
 
-def _check_finite(
-    losses: dict[str, float], at: _Position, lr: float, batch: Batch, dataset: DetectionDataset
-) -> None:
+def _check_finite(losses: dict[str, float], at: _Position, lr: float, batch: Batch, dataset: DetectionDataset) -> None:
     bad = [name for name, value in losses.items() if not math.isfinite(value)]
     if bad:
         files = ", ".join(str(dataset.records[index].path) for index in batch.indices)

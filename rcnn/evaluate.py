@@ -11,7 +11,6 @@ from rich.table import Table
 from rcnn import console, detector, distributed, engine
 from rcnn.config import LoaderConfig
 from rcnn.data import open_dataset
-from rcnn.data.loader import make_loader
 from rcnn.files import write_text
 
 PROG = "rcnn evaluate"
@@ -25,10 +24,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=str, required=True, help="run folder or model file (.safetensors)")
     parser.add_argument("--data", type=str, required=True, help="folder in VOC or COCO layout")
     parser.add_argument("--split", type=str, default="val", help="image set")
-    parser.add_argument("--out", type=str, default="", help="JSON file; default: evaluation_SPLIT.json at the checkpoint")
+    parser.add_argument(
+        "--out", type=str, default="", help="JSON file; default: evaluation_SPLIT.json at the checkpoint"
+    )
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--batch_size", type=int, default=8, help="images per pass")
-    parser.add_argument("--workers", type=int, default=-1, help="loading processes; -1: one for every two cores, at most 8")
+    parser.add_argument(
+        "--workers", type=int, default=-1, help="loading processes; -1: one for every two cores, at most 8"
+    )
     parser.add_argument("--one_based", type=bool, default=True, help="VOC corners count from 1 and include both ends")
     parser.add_argument("--strict", type=bool, default=False, help="stop at the first bad image or object")
     options = parser.read(argv)
@@ -42,17 +45,8 @@ def _evaluate(options: Any) -> None:
         dataset = open_dataset(
             options.data, options.split, classes=model.classes, one_based=options.one_based, strict=options.strict
         )
-        loader = make_loader(
-            dataset,
-            LoaderConfig(batch_size=options.batch_size, workers=options.workers, color=0.0, scale=(1.0, 1.0)),
-            min_size=model.config.min_size,
-            max_size=model.config.max_size,
-            train=False,
-            seed=0,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-        )
-        found = engine.evaluate(model, loader, dataset)
+        loading = LoaderConfig(batch_size=options.batch_size, workers=options.workers, color=0.0, scale=(1.0, 1.0))
+        found = engine.evaluate(model, engine.loader_for(model, dataset, loading, train=False), dataset)
     finally:
         distributed.shutdown()
     if found is None:

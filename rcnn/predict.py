@@ -20,7 +20,9 @@ SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; ``argv`` defaults to the process's own arguments."""
-    parser = console.Parser(PROG, "Detect objects in pictures; write the pictures with boxes, and a JSON of the detections.")
+    parser = console.Parser(
+        PROG, "Detect objects in pictures; write the pictures with boxes, and a JSON of the detections."
+    )
     parser.add_argument("inputs", type=str, nargs="+", help="files, folders or globs")
     parser.add_argument("--checkpoint", type=str, required=True, help="run folder or model file (.safetensors)")
     parser.add_argument("--out", type=str, default="predictions", help="folder for the results")
@@ -76,7 +78,9 @@ def _predict(options: Any) -> None:
     model = detector.load(options.checkpoint, engine.choose_device(options.device))
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    content, skipped, taken = [], [], set()
+    content: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    taken: set[str] = set()
     for batch in _batches(files, options.batch_size, options.strict, skipped):
         results = model.predict([array for _, array in batch], options.score_threshold, options.batch_size)
         for (path, array), result in zip(batch, results, strict=True):
@@ -100,8 +104,10 @@ def _predict(options: Any) -> None:
     for sentence in skipped:
         print(sentence)
     write_text(out / "detections.json", json.dumps({"classes": model.classes, "images": content}, indent=1) + "\n")
-    objects = sum(len(image["detections"]) for image in content)  # type: ignore[misc, arg-type]
-    print(f"{objects} objects in {len(content)} pictures, {len(skipped)} skipped; pictures and detections.json in {out}")
+    objects = sum(len(image["detections"]) for image in content)
+    print(
+        f"{objects} objects in {len(content)} pictures, {len(skipped)} skipped; pictures and detections.json in {out}"
+    )
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ class Detections(_Tensors):
     count: Tensor
 
     def unpad(self) -> list[dict[str, Tensor]]:
-        """One ``{"boxes", "labels", "scores"}`` per image without its padding; the one place that waits for the host."""
+        """One ``{"boxes", "labels", "scores"}`` per image without its padding; here alone the host is waited for."""
         counts = self.count.tolist()
         return [
             {"boxes": self.boxes[b, :n], "labels": self.labels[b, :n], "scores": self.scores[b, :n]}

@@ -11,10 +11,9 @@ import torch
 import yaml
 
 from rcnn import checkpoint, console, detector, distributed, engine, viz
-from rcnn.config import TrainConfig, resolve
+from rcnn.config import TrainConfig, given, resolve
 from rcnn.data import flowers, open_dataset
 from rcnn.data.dataset import DetectionDataset
-from rcnn.data.loader import make_loader
 from rcnn.files import write_text
 from rcnn.metrics.curves import precision_recall
 from rcnn.models.faster_rcnn import FasterRCNN
@@ -112,10 +111,12 @@ def _announce(
         print(f"{split}: {len(dataset)} images, {objects} objects of {len(dataset.classes)} classes in {config.data}")
         console.print_problems(dataset, split)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{config.model.name}: {parameters / 1e6:.1f} M parameters on {device}, {distributed.world_size()} process(es)")
+    print(
+        f"{config.model.name}: {parameters / 1e6:.1f} M parameters on {device}, {distributed.world_size()} process(es)"
+    )
     for sentence in [model.loaded] * bool(model.loaded) + cautions:
         print(sentence)
-    print(engine.scaled_lr(config.optim, (config.loader.batch_size or 1) * distributed.world_size())[1])
+    print(engine.scaled_lr(config.optim, given(config.loader.batch_size) * distributed.world_size())[1])
 
 
 def _finish(
@@ -128,17 +129,7 @@ def _finish(
 ) -> None:
     distributed.barrier()  # the first rank has written the best weights
     model = detector.load(folder, device)
-    sizes = {"min_size": model.config.min_size, "max_size": model.config.max_size}
-    loader = make_loader(
-        val_set,
-        config.loader,
-        **sizes,
-        train=False,
-        seed=config.seed,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-    )
-    found = engine.evaluate(model, loader, val_set)
+    found = engine.evaluate(model, engine.loader_for(model, val_set, config.loader, train=False), val_set)
     if found is None:
         return
     pictures = folder / "predictions"
@@ -146,7 +137,9 @@ def _finish(
     for index, result in list(enumerate(found.results))[:PICTURES]:
         keep = result["scores"] >= 0.5
         names = [val_set.classes[label - 1] for label in result["labels"][keep]]
-        picture = viz.draw_boxes(val_set.read(index), result["boxes"][keep], names, result["scores"][keep], val_set.classes)
+        picture = viz.draw_boxes(
+            val_set.read(index), result["boxes"][keep], names, result["scores"][keep], val_set.classes
+        )
         viz.save(picture, pictures / f"{val_set.records[index].path.stem}.jpg")
     curves = precision_recall(val_set, found.results)
     plots = viz.plot_run(folder / "results.csv", curves, folder / "plots")
@@ -154,7 +147,9 @@ def _finish(
     console.show(console.ap_table(f"{config.val_split}: average precision of the best weights", found.voc, found.coco))
     print(f"run folder: {folder}")
     print(f"pictures with predicted boxes: {pictures}")
-    print(f"plots: {folder / 'plots'}" if plots else "plots: none drawn, matplotlib is missing (pip install matplotlib)")
+    print(
+        f"plots: {folder / 'plots'}" if plots else "plots: none drawn, matplotlib is missing (pip install matplotlib)"
+    )
 
 
 if __name__ == "__main__":

@@ -116,7 +116,8 @@ def test_predict_takes_files_folders_and_globs(run, data, tmp_path, capsys):
     (folder / "notes.txt").write_text("no picture")
     out = tmp_path / "out"
     inputs = [str(pictures[0]), str(folder), str(folder / "*.jpg")]
-    cli.main(["predict", "--checkpoint", str(run), *inputs, "--out", str(out), "--score_threshold", "0.06", "--batch_size", "1"])
+    options = ["--out", str(out), "--score_threshold", "0.06", "--batch_size", "1"]
+    cli.main(["predict", "--checkpoint", str(run), *inputs, *options])
     assert "1 skipped" in capsys.readouterr().out
     content = json.loads((out / "detections.json").read_text())
     assert content["classes"] == ["daisy", "tulip"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rcnn import images as pictures
 from rcnn import kernels
-from rcnn.config import ModelConfig, resolve_model
+from rcnn.config import ModelConfig, given, resolve_model
 from rcnn.models.backbone import build_backbone
 from rcnn.models.roi_heads import Pool, RoIHeads
 from rcnn.models.rpn import RPN
@@ -80,8 +80,8 @@ class FasterRCNN(nn.Module):
             raise ValueError(f"classes must be one or more different names, got {list(classes)}")
         self.config, self.classes, self.loaded = resolve_model(config), list(classes), ""
         architecture = _ARCHITECTURES[self.config.name]
-        self.backbone = build_backbone(self.config.name, self.config.norm or "batch")
-        self.backbone.freeze(self.config.frozen_stages or 0)
+        self.backbone = build_backbone(self.config.name, given(self.config.norm))
+        self.backbone.freeze(given(self.config.frozen_stages))
         channels, strides = self.backbone.out_channels, self.backbone.strides
         self.rpn = RPN(channels, architecture.rpn_channels, strides, self.config.rpn, seed)
         pool: Pool
@@ -171,9 +171,7 @@ class FasterRCNN(nn.Module):
         proposals, _ = self.rpn(features, image_sizes, None, self.step)
         return self.roi_heads.detect(features, proposals, image_sizes)
 
-    def predict(
-        self, inputs: Picture | Iterable[Picture], score_threshold: float = 0.5, batch_size: int = 8
-    ) -> Any:
+    def predict(self, inputs: Picture | Iterable[Picture], score_threshold: float = 0.5, batch_size: int = 8) -> Any:
         """Detections of pictures, in pixels of the pictures themselves.
 
         Args:
@@ -183,8 +181,9 @@ class FasterRCNN(nn.Module):
             batch_size: pictures per pass through the network.
 
         Returns:
-            For one picture a dict, for several a list of dicts: ``boxes`` ``(n, 4)`` float32 in pixels, ``labels`` ``(n,)``
-            int64, ``scores`` ``(n,)`` float32, on the CPU and by falling score, and ``names``, a list of n class names.
+            For one picture a dict, for several a list of dicts: ``boxes`` ``(n, 4)`` float32 in pixels, ``labels``
+            ``(n,)`` int64, ``scores`` ``(n,)`` float32, on the CPU and by falling score, and ``names``, a list of n
+            class names.
 
         Raises:
             ValueError: a picture that cannot be read (the file is named), or a threshold outside 0..1.
@@ -203,11 +202,9 @@ class FasterRCNN(nn.Module):
         return results + (self._predict(waiting, score_threshold) if waiting else [])
 
     def _predict(self, arrays: list[np.ndarray], score_threshold: float) -> list[dict[str, Any]]:
-        config = self.config
-        sizes = [pictures.target_size(*a.shape[:2], config.min_size, config.max_size) for a in arrays]
-        images, image_sizes = pictures.stack(
-            [pictures.resize(a, *size) for a, size in zip(arrays, sizes, strict=True)], self.divisor
-        )
+        short, long = given(self.config.min_size), given(self.config.max_size)
+        sizes = [pictures.target_size(a.shape[0], a.shape[1], short, long) for a in arrays]
+        images, image_sizes = pictures.stack([pictures.resize(a, *size) for a, size in zip(arrays, sizes, strict=True)])
         training = self.training
         self.eval()
         device = self.mean.device
@@ -227,8 +224,3 @@ class FasterRCNN(nn.Module):
                 }
             )
         return results
-
-    @property
-    def divisor(self) -> int:
-        """Batches are padded to a multiple of this, pixels."""
-        return 32

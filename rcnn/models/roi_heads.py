@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rcnn import kernels
-from rcnn.config import RoIConfig
+from rcnn.config import RoIConfig, given
 from rcnn.models.losses import roi_losses
 from rcnn.structures import Detections, Proposals, Targets
 
@@ -78,12 +78,10 @@ class RoIHeads(nn.Module):
     ) -> None:
         super().__init__()
         self.pool, self.config, self.seed = pool, config, seed
-        self.box_head = TwoFCHead(in_features, features, config.dropout or 0.0)
+        self.box_head = TwoFCHead(in_features, features, given(config.dropout))
         self.box_predictor = BoxPredictor(features, num_classes)
 
-    def losses(
-        self, features: list[Tensor], proposals: Proposals, targets: Targets, step: Tensor
-    ) -> dict[str, Tensor]:
+    def losses(self, features: list[Tensor], proposals: Proposals, targets: Targets, step: Tensor) -> dict[str, Tensor]:
         """``{"loss_classifier", "loss_box_reg"}`` over rois sampled from the proposals and the ground truth.
 
         Args:
@@ -100,7 +98,7 @@ class RoIHeads(nn.Module):
             step=step,
             high_threshold=config.high_threshold,
             low_threshold=config.low_threshold,
-            batch_size_per_image=config.batch_size_per_image,
+            batch_size_per_image=given(config.batch_size_per_image),
             positive_fraction=config.positive_fraction,
             box_weights=BOX_WEIGHTS,
         )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from rcnn import kernels
-from rcnn.config import RPNConfig
+from rcnn.config import RPNConfig, given
 from rcnn.models.losses import rpn_losses
 from rcnn.structures import Proposals, Targets
 
@@ -37,7 +37,7 @@ class RPNHead(nn.Module):
             features: L maps ``(B, C, H_l, W_l)``.
 
         Returns:
-            ``(B, N)`` logits and ``(B, N, 4)`` deltas, in the order of :func:`rcnn.kernels.anchors`: level, y, x, anchor.
+            ``(B, N)`` logits and ``(B, N, 4)`` deltas, ordered as :func:`rcnn.kernels.anchors`: level, y, x, anchor.
         """
         batch = features[0].shape[0]
         objectness, deltas = [], []
@@ -61,8 +61,7 @@ class RPN(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, strides: list[int], config: RPNConfig, seed: int) -> None:
         super().__init__()
-        sizes, ratios = config.anchor_sizes, config.aspect_ratios
-        assert sizes is not None and ratios is not None, "the configuration must be resolved"
+        sizes, ratios = given(config.anchor_sizes), given(config.aspect_ratios)
         if len(sizes) != len(strides):
             raise ValueError(
                 f"model.rpn.anchor_sizes must have one list for each of the {len(strides)} levels, got {len(sizes)}"
@@ -102,8 +101,8 @@ class RPN(nn.Module):
             anchors,
             image_sizes,
             [height * width * self.cells.shape[1] for height, width in shapes],
-            pre_nms_top_n=pre,
-            post_nms_top_n=post,
+            pre_nms_top_n=given(pre),
+            post_nms_top_n=given(post),
             iou_threshold=config.nms_threshold,
         )
         if targets is None:
@@ -116,7 +115,7 @@ class RPN(nn.Module):
             step=step,
             high_threshold=config.high_threshold,
             low_threshold=config.low_threshold,
-            batch_size_per_image=config.batch_size_per_image,
+            batch_size_per_image=given(config.batch_size_per_image),
             positive_fraction=config.positive_fraction,
             allowed_border=None if border is None or border < 0 else border,
         )
