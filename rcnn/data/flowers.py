@@ -26,7 +26,7 @@ from rcnn.files import sync_folder
 #: The two species, in the order of their labels 1 and 2.
 CLASSES = ("daisy", "tulip")
 #: Raised whenever the same count and seed give other pictures or boxes.
-VERSION = 2
+VERSION = 3
 #: A bloom of which more than this share is hidden is marked difficult.
 MAX_HIDDEN = 0.6
 
@@ -96,13 +96,13 @@ def _plan(rng: Random, width: int, height: int) -> list[tuple[str, float, float,
     tulips = 0.0 if mood < 0.3 else 1.0 if mood < 0.6 else 0.5
     short = min(width, height)
     top = 0.52 if count <= 2 else 0.42 if count <= 4 else 0.34
-    sizes = np.sort(short * np.exp(rng.uniform(math.log(0.13), math.log(top), count)))
+    sizes = np.sort(short * np.exp(rng.uniform(math.log(0.11), math.log(top), count)))
     placed: list[tuple[str, float, float, float]] = []
     for size in sizes.tolist():
         for _ in range(40):
             x, y = rng.uniform(0.06, 0.94) * width, rng.uniform(0.08, 0.86) * height
             apart = [math.hypot(x - q[1], y - q[2]) / (size + q[3]) for q in placed]
-            if min(apart, default=1.0) > (0.5 if rng.random() < 0.7 else 0.34):
+            if min(apart, default=1.0) > (0.46 if rng.random() < 0.6 else 0.27):
                 name = CLASSES[int(rng.random() < tulips)]
                 placed.append((name, x, y, size))
                 break
