@@ -23,10 +23,14 @@ def main() -> None:
     result = {"machine": machine(), "model": model.run(options.repeats)}
 
     console = Console()
-    table = Table("", "with", "median ms", "p20", "p80", "best", "CPU ms", "img/s", "speed-up", title="tiny, float32")
+    console = console if console.is_terminal else Console(width=120)
+    table = Table("", "with", "ms", "p20..p80", "best", "CPU ms", "img/s", "speed-up", title="tiny, float32")
     for row in result["model"]["rows"]:
-        times = [f"{row[key] * 1e3:.1f}" for key in ("median", "p20", "p80", "best", "processor")]
-        table.add_row(row["task"], row["with"], *times, f"{row['images_per_second']:.1f}", f"{row['speedup']:.2f}")
+        median, p20, p80, best, processor = (
+            f"{row[key] * 1e3:.0f}" for key in ("median", "p20", "p80", "best", "processor")
+        )
+        speed = f"{row['images_per_second']:.1f}", f"{row['speedup']:.2f}"
+        table.add_row(row["task"], row["with"], median, f"{p20}..{p80}", best, processor, *speed)
     console.print(table)
     console.print(", ".join(f"{key} {value}" for key, value in result["machine"].items()), soft_wrap=True)
     console.print("gate: " + ", ".join(f"{k} {v:.2g}" for k, v in result["model"]["gate"].items()), soft_wrap=True)
