@@ -125,7 +125,7 @@ def test_decodes_and_clips_to_the_size_of_its_own_image() -> None:
         score, found = result.scores[b, :count], result.boxes[b, :count]
         assert (score[1:] <= score[:-1]).all()
         place = (objectness[b] == score[:, None]).to(torch.int64).argmax(dim=1)
-        # exp may differ in its last bit between whole vectors and the rest of a row; then a product and a sum, up to 64.
+        # exp may differ in its last bit between vector and scalar code; then a product and a sum, up to 64 pixels.
         torch.testing.assert_close(found, everything[b, place], rtol=0, atol=3 * 2**-23 * 64)
         assert (found[:, 2] <= SIZES[b, 1]).all()
         assert (found[:, 3] <= SIZES[b, 0]).all()
