@@ -170,8 +170,8 @@ class _Axis(NamedTuple):
 
     cell: Tensor  # (T,) int32
     weight: Tensor  # (T,) float
-    count: Tensor  # (R, bins) int32
-    start: Tensor  # (R, bins) int32, first of the count cells of a bin
+    length: Tensor  # (R, bins) int32, cells of a bin
+    start: Tensor  # (R, bins) int32, the first of them
 
 
 class _RoIAlign(torch.autograd.Function):
@@ -232,7 +232,8 @@ def _forward_cpu(
         tables.append(_gather(as_table(features[number]), cell, weight, offset))
     rows = tables[0] if len(tables) == 1 else torch.cat(tables) if tables else rois.new_zeros((0, channels))
     if len(features) > 1:
-        rows = torch.empty_like(rows).view(len(rois), -1).index_copy_(0, order, rows.view(len(rois), -1))
+        rows = rows.view(len(rois), size[0] * size[1] * channels)
+        rows = torch.empty_like(rows).index_copy_(0, order, rows).view(-1, channels)
     output = as_map(rows, (len(rois), channels, *size), features[0].dtype, channels_last(features[0]))
     return output, saved
 
@@ -279,7 +280,7 @@ def _gather(table: Tensor, index: Tensor, weight: Tensor, offset: Tensor) -> Ten
 
 def _parts(counts: Tensor, y: _Axis, x: _Axis) -> Iterator[tuple[int, int, int]]:
     """Level, first and last region of slices whose list of weighted cells stays near ``LISTED``."""
-    cells = torch.cumsum(y.count.sum(dim=1) * x.count.sum(dim=1), dim=0)
+    cells = torch.cumsum(y.length.sum(dim=1) * x.length.sum(dim=1), dim=0)
     first = 0
     for level, count in enumerate(counts.tolist()):
         end = first + count
@@ -341,7 +342,7 @@ def _expand(y: _Axis, x: _Axis, stride: Tensor, first: int, last: int) -> tuple[
         Row of the level's table ``(T,)`` int32, weight ``(T,)``, start of each bin in these ``(bins,)`` int32, and
         the bin of each ``(T,)`` int32, bins counted from the first region of the slice.
     """
-    rows, columns = y.count[first:last, :, None], x.count[first:last, None, :]
+    rows, columns = y.length[first:last, :, None], x.length[first:last, None, :]
     offset = torch.cumsum((rows * columns).flatten(), dim=0) - (rows * columns).flatten()
     shape = (last - first, rows.shape[1], columns.shape[2])
     rows, columns = rows.expand(shape).flatten(), columns.expand(shape).flatten()

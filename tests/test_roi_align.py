@@ -1,0 +1,265 @@
+"""RoI Align against the oracle, by hand at the border of the map, its gradient and its layouts."""
+
+import math
+
+import pytest
+import reference
+import torch
+from torch import Tensor
+
+from rcnn.kernels import roi_align as module_function
+from rcnn.kernels.roi_align import multiscale_roi_align, roi_align
+
+LAST = torch.channels_last
+
+
+def random_regions(count: int, images: int, side: float, seed: int) -> Tensor:
+    """Regions in float64 around a map of ``side`` cells: inside, across the border, outside, tiny and huge."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.rand(count, 2, generator=generator, dtype=torch.float64) * side * 1.5 - side / 4
+    extent = torch.rand(count, 2, generator=generator, dtype=torch.float64) ** 3 * side * 1.5
+    index = torch.randint(0, images, (count, 1), generator=generator)
+    return torch.cat((index, first, first + extent), dim=1)
+
+
+def tolerance(dtype: torch.dtype, samples: int, side: int) -> float:
+    """Relative to the largest value of the map, since a bin is an average: ``4 * samples ** 2`` terms are summed, and
+    four roundings of a position up to ``side`` move a value by at most twice the largest; on both sides."""
+    return 2 * (4 * samples**2 + 8 * side) * torch.finfo(dtype).eps
+
+
+def expected(maps: Tensor, rois: Tensor, size: tuple[int, int], scale: float, ratio: int, aligned: bool) -> Tensor:
+    planes = maps.tolist()
+    rows = [reference.roi_align(planes[int(r[0])], r[1:], size, scale, ratio, aligned) for r in rois.tolist()]
+    return torch.tensor(rows, dtype=torch.float64).view(len(rois), maps.shape[1], *size)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("ratio", [-1, 0, 1, 2, 3])
+@pytest.mark.parametrize("shape", [(2, 3, 9, 13), (1, 2, 1, 1), (1, 1, 1, 7), (3, 1, 12, 2)])
+def test_agrees_with_the_oracle(shape: tuple[int, ...], ratio: int, aligned: bool) -> None:
+    maps = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    side = max(shape[2:])
+    for size, scale in (((1, 1), 1.0), ((3, 2), 0.5), ((7, 7), 0.25)):
+        rois = random_regions(12, shape[0], side / scale, seed=size[0])
+        samples = max(ratio, math.ceil(1.5 * side))
+        found = roi_align(maps, rois, size, scale, ratio, aligned)
+        assert found.shape == (12, shape[1], *size)
+        bound = tolerance(torch.float64, samples, 2 * side) * maps.abs().max().item()
+        torch.testing.assert_close(found, expected(maps, rois, size, scale, ratio, aligned), rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_float32_is_float64_rounded(aligned: bool) -> None:
+    maps = torch.randn(2, 3, 20, 30, generator=torch.Generator().manual_seed(2))
+    # Quarters of a pixel, scale 1/4, bins 1/8 of the region: all positions are exact, so no sample changes its side.
+    rois = (random_regions(40, 2, 80, seed=3) * 4).round() / 4
+    rois[:, 0].floor_()
+    exact = roi_align(maps.double(), rois, (8, 4), 0.25, 2, aligned)
+    found = roi_align(maps, rois.float(), (8, 4), 0.25, 2, aligned)
+    assert found.dtype == torch.float32
+    bound = tolerance(torch.float32, 2, 40) * maps.abs().max().item()
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_sums_in_float32(dtype: torch.dtype) -> None:
+    maps = torch.randn(2, 3, 20, 30, generator=torch.Generator().manual_seed(4)).to(dtype)
+    rois = random_regions(20, 2, 30, seed=5).float()
+    half, full = maps.clone().requires_grad_(), maps.float().requires_grad_()
+    found, wide = roi_align(half, rois, 5, 1.0, 2), roi_align(full, rois, 5, 1.0, 2)
+    assert found.dtype == dtype
+    # Equal: the sums are the same, rounded once.
+    assert torch.equal(found, wide.to(dtype))
+    grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(6)).to(dtype)
+    found.backward(grad)
+    wide.backward(grad.float())
+    assert half.grad is not None and full.grad is not None
+    assert torch.equal(half.grad, full.grad.to(dtype))
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("ratio", [-1, 2])
+def test_gradient(ratio: int, aligned: bool) -> None:
+    maps = torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+    rois = random_regions(6, 2, 6, seed=7)
+    assert torch.autograd.gradcheck(lambda x: roi_align(x, rois, (2, 3), 1.0, ratio, aligned), maps)
+
+
+def test_gradient_over_levels() -> None:
+    maps = [torch.randn(2, 2, n, n, dtype=torch.float64, requires_grad=True) for n in (8, 4, 2)]
+    rois = random_regions(8, 2, 16, seed=8)
+    assert torch.autograd.gradcheck(
+        lambda *x: multiscale_roi_align(x, rois, 2, (0.5, 0.25, 0.125), 2, canonical_scale=8, canonical_level=2), maps
+    )
+
+
+def test_backward_is_the_same_in_every_run() -> None:
+    maps = torch.randn(1, 8, 20, 20, generator=torch.Generator().manual_seed(9)).requires_grad_()
+    rois = random_regions(60, 1, 20, seed=9).float()
+    output = roi_align(maps, rois, 7, 1.0, 2)
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(9))
+    first, second = (torch.autograd.grad(output, maps, grad, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_samples_on_the_border_count() -> None:
+    # One bin with one sample at the region's centre, of a map of ones of 4 x 4: it counts from -1 to 4, both included.
+    ones = torch.ones(1, 1, 4, 4)
+    for centre, value in ((-1.0, 1.0), (math.nextafter(-1, -2) - 1e-6, 0.0), (4.0, 1.0), (4.0 + 1e-6, 0.0)):
+        roi = torch.tensor([[0, centre - 1, 0, centre + 1, 2]], dtype=torch.float64)
+        assert roi_align(ones.double(), roi, 1, 1.0, 1).item() == value
+        assert roi_align(ones.double(), roi[:, [0, 2, 1, 4, 3]], 1, 1.0, 1).item() == value
+
+
+def test_adaptive_number_of_samples() -> None:
+    # A bin of exactly 2 cells has 2 samples, at 0.5 and 1.5: the mean of x is 1; a wider one has 3.
+    ramp = torch.arange(8.0, dtype=torch.float64).expand(1, 1, 8, 8) ** 2
+    roi = torch.tensor([[0.0, 0, 0, 2, 2]], dtype=torch.float64)
+    # Squares between cells: 0.5 lies between 0 and 1, 1.5 between 1 and 4.
+    assert roi_align(ramp, roi, 1).item() == (0.5 + 2.5) / 2
+    roi[0, 3] = 2.5
+    points = [2.5 * (k + 0.5) / 3 for k in range(3)]
+    mean = sum((int(p) ** 2) * (1 - p % 1) + (int(p) + 1) ** 2 * (p % 1) for p in points) / 3
+    assert roi_align(ramp, roi, 1).item() == pytest.approx(mean, rel=24 * torch.finfo(torch.float64).eps)
+
+
+def test_regions_without_extent() -> None:
+    ramp = torch.arange(8.0).expand(1, 1, 8, 8)
+    roi = torch.tensor([[0.0, 3, 3, 3, 3]])
+    # Not aligned: one cell wide, so its centre is at 3.5. Aligned: no width, its centre at 2.5, and no adaptive sample.
+    assert roi_align(ramp, roi, 1, 1.0, 1).item() == 3.5
+    assert roi_align(ramp, roi, 1, 1.0, 1, aligned=True).item() == 2.5
+    assert roi_align(ramp, roi, 1, 1.0, -1, aligned=True).item() == 0
+    # Reversed: from 5 back to 1, the same two samples in the other order.
+    turned = torch.tensor([[0.0, 5, 5, 1, 1]])
+    assert roi_align(ramp, turned, 1, 1.0, 2, aligned=True).item() == 2.5
+    assert roi_align(ramp, turned, 1, 1.0, -1, aligned=True).item() == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_regions_that_are_not_finite_give_zeros(value: float) -> None:
+    maps = torch.ones(1, 2, 4, 4, requires_grad=True)
+    for ratio in (-1, 2):
+        for column in range(1, 5):
+            rois = torch.tensor([[0.0, 0, 0, 3, 3], [0, 0, 0, 3, 3]])
+            rois[1, column] = value
+            output = roi_align(maps, rois, 2, 1.0, ratio)
+            assert torch.equal(output, torch.tensor([1.0, 0]).view(2, 1, 1, 1).expand(2, 2, 2, 2))
+            level = multiscale_roi_align([maps, maps[:, :, :2, :2]], rois, 2, (1.0, 0.5), ratio)
+            assert not level[1].any()
+
+
+def test_list_of_boxes() -> None:
+    maps = torch.randn(3, 2, 9, 9)
+    boxes = [random_regions(n, 1, 9, seed=n)[:, 1:].float() for n in (2, 0, 3)]
+    rois = torch.cat([torch.cat((torch.full((len(b), 1), float(i)), b), dim=1) for i, b in enumerate(boxes)])
+    assert torch.equal(roi_align(maps, boxes, 3), roi_align(maps, rois, 3))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST])
+def test_layout_follows_the_input(layout: torch.memory_format) -> None:
+    maps = torch.randn(2, 4, 9, 9).to(memory_format=layout).requires_grad_()
+    rois = random_regions(5, 2, 9, seed=1).float()
+    output = roi_align(maps, rois, 3)
+    assert output.is_contiguous(memory_format=layout)
+    plain = maps.detach().contiguous().requires_grad_()
+    reference_output = roi_align(plain, rois, 3)
+    assert torch.equal(output, reference_output)
+    grad = torch.randn(output.shape)
+    output.backward(grad)
+    reference_output.backward(grad)
+    assert maps.grad is not None and plain.grad is not None
+    assert torch.equal(maps.grad, plain.grad)
+
+
+def test_no_region() -> None:
+    maps = torch.randn(2, 4, 9, 9, requires_grad=True)
+    output = roi_align(maps, torch.zeros(0, 5), (3, 2))
+    assert output.shape == (0, 4, 3, 2)
+    output.sum().backward()
+    assert maps.grad is not None and not maps.grad.any()
+    assert multiscale_roi_align([maps, maps], torch.zeros(0, 5), 2, (0.5, 0.25)).shape == (0, 4, 2, 2)
+
+
+def test_long_lists_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = torch.randn(2, 3, 12, 12, dtype=torch.float64, requires_grad=True)
+    rois = random_regions(30, 2, 12, seed=2)
+    output = roi_align(maps, rois, 4)
+    grad = torch.randn(output.shape, dtype=torch.float64)
+    (whole,) = torch.autograd.grad(output, maps, grad)
+    for listed in (1, 500):
+        monkeypatch.setitem(roi_align.__globals__, "LISTED", listed)
+        cut = roi_align(maps, rois, 4)
+        assert torch.equal(cut, output)
+        # Up to 30 parts are summed one after the other.
+        torch.testing.assert_close(torch.autograd.grad(cut, maps, grad)[0], whole, rtol=0, atol=30 * 30 * 2.3e-16)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_levels(channels_last: bool) -> None:
+    maps = [torch.randn(2, 3, 64 // 2**k, 96 // 2**k, dtype=torch.float64) for k in range(3)]
+    maps = [x.to(memory_format=LAST) if channels_last else x for x in maps]
+    rois = random_regions(60, 2, 600, seed=11)
+    rois[:, 3:] += 1
+    scales = (1 / 8, 1 / 16, 1 / 32)
+    found = multiscale_roi_align(maps, rois, (3, 2), scales, 2)
+    used = set()
+    for roi, row in zip(rois, found, strict=True):
+        level = reference.pyramid_level(roi[1:].tolist(), 3, 5)
+        used.add(level)
+        assert torch.equal(row, roi_align(maps[level - 3], roi[None], (3, 2), scales[level - 3], 2)[0])
+    assert used == {3, 4, 5}
+
+
+def test_level_at_the_canonical_size() -> None:
+    maps = [torch.full((1, 1, 100, 100), float(k)) for k in range(2, 6)]
+    for side, level in ((223.9, 3), (224.0, 4), (448.0, 5), (1.0, 2), (5000.0, 5), (0.0, 2)):
+        roi = torch.tensor([[0.0, 10, 10, 10 + side, 10 + side]])
+        pooled = multiscale_roi_align(maps, roi, 1, (1 / 4, 1 / 8, 1 / 16, 1 / 32), 1)
+        assert pooled.item() == level
+
+
+def test_only_levels_that_need_it_get_a_gradient() -> None:
+    first, second = torch.ones(1, 1, 8, 8), torch.ones(1, 1, 4, 4, requires_grad=True)
+    rois = torch.tensor([[0.0, 0, 0, 4, 4], [0, 0, 0, 448, 448]])
+    multiscale_roi_align([first, second], rois, 1, (1 / 16, 1 / 32)).sum().backward()
+    assert first.grad is None
+    assert second.grad is not None and second.grad.any()
+
+
+def test_the_function_is_exported() -> None:
+    assert module_function is roi_align
+
+
+MAPS, ROIS = torch.zeros(2, 3, 4, 4), torch.zeros(1, 5)
+
+
+@pytest.mark.parametrize(
+    ("maps", "rois", "size", "scale", "message"),
+    [
+        (torch.zeros(2, 3, 4), ROIS, 7, 1.0, r"input must have shape \(B, C, H, W\) with H, W > 0, got \(2, 3, 4\)"),
+        (torch.zeros(2, 3, 0, 4), ROIS, 7, 1.0, r"with H, W > 0, got \(2, 3, 0, 4\)"),
+        (MAPS.long(), ROIS, 7, 1.0, "input must have a floating point dtype, got torch.int64"),
+        (MAPS, torch.zeros(1, 4), 7, 1.0, r"boxes must have shape \(R, 5\), got \(1, 4\)"),
+        (MAPS, ROIS.long(), 7, 1.0, "boxes must have a floating point dtype, got torch.int64"),
+        (MAPS, ROIS + 2, 7, 1.0, r"boxes must name images 0\.\.1, got 2.0\.\.2.0"),
+        (MAPS, ROIS - 1, 7, 1.0, r"boxes must name images 0\.\.1, got -1.0\.\.-1.0"),
+        (MAPS, [torch.zeros(1, 5)], 7, 1.0, r"boxes\[0\] must have shape \(n, 4\), got \(1, 5\)"),
+        (MAPS, [], 7, 1.0, "boxes must hold one tensor per image, got an empty list"),
+        (MAPS, ROIS, 0, 1.0, "output_size must be one or two positive integers, got 0"),
+        (MAPS, ROIS, (7, 7, 7), 1.0, r"output_size must be one or two positive integers, got \(7, 7, 7\)"),
+        (MAPS, ROIS, 7, -1.0, r"spatial_scale must be positive and finite, got \[-1.0\]"),
+        (MAPS, ROIS, 7, math.nan, r"spatial_scale must be positive and finite, got \[nan\]"),
+    ],
+)
+def test_refuses(maps: Tensor, rois: Tensor, size: int, scale: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        roi_align(maps, rois, size, scale)
+
+
+def test_refuses_levels_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="spatial_scales must name one scale per level, got 1 for 2"):
+        multiscale_roi_align([MAPS, MAPS], ROIS, 7, [0.5])
+    with pytest.raises(ValueError, match="features must share batch, channels and dtype"):
+        multiscale_roi_align([MAPS, MAPS.double()], ROIS, 7, [0.5, 0.25])
