@@ -226,6 +226,7 @@ def test_nothing_usable_is_refused(tmp_path):
 
 def test_missing_things(tmp_path):
     refused(tmp_path / "none", "none: expected a data folder")
+    (tmp_path / "Annotations").mkdir()
     refused(tmp_path, "expected the folders Annotations, JPEGImages and ImageSets/Main")
     root = write(tmp_path, {"a": xml(CAT), "b": xml(CAT)})
     write(tmp_path, {"c": xml(CAT)}, "val")

@@ -31,8 +31,9 @@ LABEL_MAP = "pascal_label_map.pbtxt"
 
 def voc_root(root: "str | Path") -> Path | None:
     """The folder that holds the VOC layout, ``root`` or ``root/VOC2007``; ``None`` if neither does."""
+    # Not by Annotations: where file names ignore case, COCO's annotations has that name too.
     for folder in (Path(root), Path(root) / "VOC2007"):
-        if (folder / "Annotations").is_dir() or (folder / "ImageSets").is_dir():
+        if (folder / "JPEGImages").is_dir() or (folder / "ImageSets").is_dir():
             return folder
     return None
 
