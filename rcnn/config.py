@@ -65,7 +65,7 @@ class RoIConfig:
     batch_size_per_image: int | None = None
     positive_fraction: float = 0.25
     dropout: float | None = None
-    score_threshold: float = 0.05
+    score_threshold: float | None = None
     nms_threshold: float = 0.5
     detections_per_image: int = 100
 
@@ -213,19 +213,19 @@ _REFERENCE_OPTIM = OptimConfig(
     clip_norm=0.0,
 )
 _REFERENCE_LOADER = LoaderConfig(batch_size=2, color=0.0, scale=(1.0, 1.0))
-_REFERENCE_ROI = RoIConfig(batch_size_per_image=512, dropout=0.0)
+_REFERENCE_ROI = RoIConfig(batch_size_per_image=512, dropout=0.0, score_threshold=0.05)
 
 #: What a model's unset fields become. Sources: torchvision's ``fasterrcnn_resnet50_fpn`` and its training reference for
 #: the pyramid models; Ren et al. (2015) and the original project's tutorial for vgg16; trials on two cores for tiny.
 RECIPES: dict[str, TrainConfig] = {
     "tiny": TrainConfig(
-        epochs=24,
+        epochs=36,
         model=ModelConfig(
             frozen_stages=0,
             min_size=240,
             max_size=320,
-            rpn=_pyramid([24, 48, 96, 192], (600, 300), (300, 150), 128),
-            roi=RoIConfig(batch_size_per_image=96, dropout=0.0),
+            rpn=_pyramid([24, 48, 96, 192], (600, 300), (300, 300), 128),
+            roi=RoIConfig(batch_size_per_image=96, dropout=0.0, score_threshold=0.01),
         ),
         optim=OptimConfig(
             name="adamw",
@@ -270,7 +270,7 @@ RECIPES: dict[str, TrainConfig] = {
                 batch_size_per_image=256,
                 allowed_border=0.0,
             ),
-            roi=RoIConfig(batch_size_per_image=128, dropout=0.5),
+            roi=RoIConfig(batch_size_per_image=128, dropout=0.5, score_threshold=0.05),
         ),
         optim=OptimConfig(
             name="sgd",

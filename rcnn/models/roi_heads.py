@@ -127,7 +127,7 @@ class RoIHeads(nn.Module):
             deltas,
             proposals,
             image_sizes,
-            score_threshold=config.score_threshold,
+            score_threshold=given(config.score_threshold),
             iou_threshold=config.nms_threshold,
             detections_per_image=config.detections_per_image,
             box_weights=BOX_WEIGHTS,
