@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import jsonargparse
 from rich.console import Console
@@ -84,11 +84,16 @@ def run(prog: str, main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"{prog}: {error}\n")
-        sys.exit(1)
+        fail(prog, str(error))
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
         sys.exit(INTERRUPTED)
+
+
+def fail(prog: str, sentence: str) -> NoReturn:
+    """End the process with a sentence on stderr and exit code 1."""
+    sys.stderr.write(f"{prog}: {sentence}\n")
+    sys.exit(1)
 
 
 def print_problems(dataset: DetectionDataset, split: str, limit: int = 20) -> None:

@@ -303,6 +303,7 @@ def train(
     steps_per_epoch = len(loader)
     steps = epochs * steps_per_epoch
     tracker.epochs, tracker.total_steps, tracker.resume_step = epochs, steps, at.step
+    told: set[str] = set()  # what was skipped, each file once
     model.train()
     with _stop_flag() as stopping:
         while at.epoch < epochs:
@@ -312,7 +313,9 @@ def train(
             for batch in loader:
                 data_time = time.perf_counter() - end
                 for sentence in batch.skipped:
-                    tracker.message(sentence)
+                    if sentence not in told:
+                        tracker.message(f"{sentence}; image skipped")
+                        told.add(sentence)
                 rate = lr * lr_factor(config.optim, at.step, steps, steps_per_epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = rate

@@ -21,6 +21,9 @@ from rcnn.tracking import Tracker
 
 PROG = "rcnn train"
 
+#: The settings of a run, every field filled in.
+CONFIG = "config.yaml"
+
 #: Where the generated data set goes, and how often it is gone through unless told otherwise: it is soon learnt.
 FLOWERS = Path("runs") / f"flowers-v{flowers.VERSION}"
 FLOWER_EPOCHS = 16
@@ -34,7 +37,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = console.Parser(PROG, "Train a Faster R-CNN. Without arguments: the tiny model on generated flowers.")
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_class_arguments(TrainConfig)
-    options = parser.read(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    options = parser.read(words)
+    if options.resume and options.out:
+        # The run's own settings, unless told otherwise.
+        if not (saved := Path(options.out) / CONFIG).is_file():
+            console.fail(PROG, f"{options.out} holds no run to go on with: it has no {CONFIG}")
+        options = parser.read(["--config", str(saved), *words])
     options.pop("config", None)
     config = parser.instantiate(options) if hasattr(parser, "instantiate") else parser.instantiate_classes(options)
     console.run(PROG, lambda: _train(TrainConfig(**vars(config))))
@@ -61,15 +70,19 @@ def _run(config: TrainConfig, device: torch.device) -> None:
             print(f"no --data given: drawing the flower data set in {FLOWERS}")
             flowers.write(FLOWERS)
         distributed.barrier()
-    train_set, val_set = _open(config, config.train_split), _open(config, config.val_split)
+    train_set = _open(config, config.train_split)
+    val_set = _open(config, config.val_split, train_set.classes)
     torch.manual_seed(config.seed)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        model = detector.build(config.model, train_set.classes, config.seed)
+        if config.resume:  # the run's state brings all weights
+            model = FasterRCNN(config.model, train_set.classes, config.seed)
+        else:
+            model = detector.build(config.model, train_set.classes, config.seed)
     if first:
         _announce(config, device, model, train_set, val_set, [str(w.message) for w in caught])
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+        write_text(folder / CONFIG, yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
     model.to(device)
     start = time.perf_counter()
     with Tracker(folder if first else None) as tracker:
@@ -97,8 +110,8 @@ def _run_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def _open(config: TrainConfig, split: str) -> DetectionDataset:
-    return open_dataset(config.data, split, one_based=config.one_based, strict=config.strict)
+def _open(config: TrainConfig, split: str, classes: list[str] | None = None) -> DetectionDataset:
+    return open_dataset(config.data, split, classes=classes, one_based=config.one_based, strict=config.strict)
 
 
 def _announce(

@@ -89,7 +89,7 @@ def test_resuming_gives_the_same_weights_as_going_through(run, data, tmp_path):
     assert process.wait(60) == 130, rest
     assert "--resume" in rest
     assert 0 < read_state(out / "state_last.pt")["position"]["step"] < 10
-    cli.main(["train", "--data", str(data), "--out", str(out), "--epochs", "2", "--resume", *SMALL])
+    cli.main(["train", "--out", str(out), "--resume"])  # data and settings are the run's own
     whole = safetensors.torch.load_file(run / "model_last.safetensors")
     parts = safetensors.torch.load_file(out / "model_last.safetensors")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -184,7 +184,7 @@ def test_bad_input_gets_one_sentence(run, data, tmp_path, capsys):
     assert "nowhere" in fails(capsys, 1, "train", "--data", tmp_path / "nowhere")
     assert "holds a run already" in fails(capsys, 1, "train", "--data", data, "--out", run)
     assert "name it with --out" in fails(capsys, 1, "train", "--data", data, "--resume")
-    assert "state_last.pt" in fails(capsys, 1, "train", "--data", data, "--out", tmp_path / "new", "--resume")
+    assert "holds no run to go on with" in fails(capsys, 1, "train", "--out", tmp_path / "new", "--resume")
     evaluate = ["evaluate", "--data", data, "--checkpoint"]
     assert "none" in fails(capsys, 1, *evaluate, tmp_path / "none")
     torn = tmp_path / "torn.safetensors"
