@@ -32,9 +32,11 @@ def build(config: ModelConfig | str, classes: Sequence[str], seed: int = 0) -> F
     config = ModelConfig(name=config) if isinstance(config, str) else config  # type: ignore[arg-type]
     state = checkpoint.read_weights(config.weights) if config.weights else None
     model = FasterRCNN(config, classes, seed)
+    matched: Sequence[str] = ()
     if state is not None:
-        model.loaded = load_published(model, state, str(config.weights)).summary()
-    elif sentence := untrained_frozen(model):
+        report = load_published(model, state, str(config.weights))
+        model.loaded, matched = report.summary(), report.matched
+    if sentence := untrained_frozen(model, matched):
         warnings.warn(sentence, stacklevel=2)
     return model
 
