@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 #: Boxes of one problem that are settled together.
-CHUNK = 64
+CHUNK = 128
 #: Pairs compared at once over several problems: 1 MB of float32 per temporary, which stays in the cache.
 PAIRS = 1 << 18
 
