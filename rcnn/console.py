@@ -56,7 +56,7 @@ class Parser(jsonargparse.ArgumentParser):
         name = unknown[1] if unknown else ""
         if unknown := re.search(r"Group '([\w.]+)' does not accept option '([\w.\-]+)'", message):
             name = f"{unknown[1]}.{unknown[2]}"
-        elif unknown := re.search(r"(?:Key|Option) ['\"]([\w.\-]+)['\"] is not expected", message):
+        elif unknown := re.search(r"(?:[Kk]ey|[Oo]ption) ['\"]([\w.\-]+)['\"] is not (?:expected|accepted)", message):
             name = unknown[1]
         if name:
             near = difflib.get_close_matches(name.replace("-", "_"), known, 1, 0.5)

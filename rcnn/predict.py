@@ -10,12 +10,9 @@ import numpy as np
 
 from rcnn import console, detector, engine, viz
 from rcnn.files import write_text
-from rcnn.images import ImageError, read_image
+from rcnn.images import SUFFIXES, ImageError, read_image
 
 PROG = "rcnn predict"
-
-#: What a folder is searched for.
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

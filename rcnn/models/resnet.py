@@ -5,7 +5,7 @@ is folded into the convolution before it, which saves one pass over the activati
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,6 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("bias", torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
-        self.register_load_state_dict_pre_hook(_drop_batch_count)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``(B, C, H, W)`` float activations; the result has the input's dtype."""
@@ -47,9 +46,9 @@ class FrozenBatchNorm2d(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}"
 
-
-def _drop_batch_count(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    state.pop(prefix + "num_batches_tracked", None)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict.pop(prefix + "num_batches_tracked", None)  # BatchNorm's counter, which nothing here needs
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def _norm(norm: Norm, channels: int) -> nn.Module:
