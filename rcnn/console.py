@@ -4,7 +4,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
@@ -44,7 +44,7 @@ class Parser(jsonargparse.ArgumentParser):
             for name in action.option_strings
         }
         filled = []
-        for word, following in zip(words, [*words[1:], ""], strict=True):
+        for word, following in zip_longest(words, words[1:], fillvalue=""):
             filled.append(word)
             if word in switches and following.lower() not in ("true", "false", "yes", "no"):
                 filled.append("true")

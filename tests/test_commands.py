@@ -17,6 +17,7 @@ from PIL import Image
 import rcnn
 from rcnn import cli
 from rcnn.checkpoint import read_state
+from rcnn.config import TrainConfig
 from rcnn.data import flowers
 
 SMALL = ["--model.min_size", "96", "--model.max_size", "128", "--loader.workers", "0", "--loader.batch_size", "4"]
@@ -195,6 +196,15 @@ def test_bad_input_gets_one_sentence(run, data, tmp_path, capsys):
     assert "nothing.jpg must be a picture" in fails(capsys, 1, *predict, tmp_path / "nothing.jpg")
     (tmp_path / "empty.jpg").write_bytes(b"")
     assert "empty.jpg" in fails(capsys, 1, *predict, tmp_path / "empty.jpg")
+
+
+def test_no_argument_is_needed(monkeypatch):
+    asked = []
+    monkeypatch.setattr("rcnn.train._train", asked.append)
+    cli.main(["train"])
+    assert asked == [TrainConfig()]
+    cli.main(["train", "--strict", "--resume", "false", "--one_based", "--epochs", "3"])
+    assert asked[1] == TrainConfig(strict=True, epochs=3)
 
 
 def test_resuming_with_other_classes_is_refused(run, tmp_path, capsys):
