@@ -7,7 +7,6 @@ no other file at hand. Nothing here runs code from a file: safetensors holds non
 
 import io
 import json
-import math
 import os
 import re
 import warnings
@@ -22,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from rcnn.files import atomic_write
+from rcnn.files import atomic_write, finite
 
 #: Version of the metadata that :func:`save` writes; :func:`read` takes this one and every earlier one.
 FORMAT_VERSION = 1
@@ -76,7 +75,7 @@ def save(
         CheckpointError: the file cannot be written; one that was there before is whole.
     """
     content = {"version": FORMAT_VERSION, "config": config, "classes": classes, "extra": extra or {}}
-    metadata = {"format": "pt", _KEY: json.dumps(_finite(content), allow_nan=False)}
+    metadata = {"format": "pt", _KEY: json.dumps(finite(content), allow_nan=False)}
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model_state.items():
@@ -310,14 +309,6 @@ def _check_plain(path: str | os.PathLike[str], value: Any, where: str) -> None:
             _check_plain(path, item, f"{where}[{index}]")
     elif value is not None and type(value) not in (bool, int, float, str) and not isinstance(value, Tensor):
         raise CheckpointError(f"{path}: {where} must be a tensor or a plain value, got {type(value).__name__}")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _few(names: list[str]) -> str:

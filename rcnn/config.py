@@ -4,6 +4,7 @@ A field whose default is ``None`` takes the value of the model's recipe (:data:`
 and the run folder's ``config.yaml`` holds the filled values.
 """
 
+import math
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -122,7 +123,7 @@ class OptimConfig:
     weight_decay: float | None = None
     schedule: Literal["cosine", "multistep", "step"] | None = None
     warmup: float | None = None
-    milestones: list[float] = field(default_factory=lambda: [0.67, 0.89])
+    milestones: list[float] = field(default_factory=lambda: [16 / 26, 22 / 26])
     step_size: int = 1
     gamma: float | None = None
     clip_norm: float | None = None
@@ -237,7 +238,7 @@ RECIPES: dict[str, TrainConfig] = {
             gamma=0.1,
             clip_norm=5.0,
         ),
-        loader=LoaderConfig(batch_size=8, color=0.4, scale=(0.8, 1.2)),
+        loader=LoaderConfig(batch_size=8, color=0.4, scale=(0.75, 1.05)),
     ),
     **{
         name: TrainConfig(
@@ -349,24 +350,48 @@ def _check(config: TrainConfig) -> None:
         "loader.color": loader.color,
     }
     for name, value in fractions.items():
-        if not 0 <= value <= 1:  # type: ignore[operator]
+        if not 0 <= given(value) <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {value}")
-    positive = {
+    above_zero = {
         "epochs": config.epochs,
         "val_interval": config.val_interval,
         "log_interval": config.log_interval,
         "model.min_size": model.min_size,
         "model.max_size": model.max_size,
+        "model.rpn.pre_nms_top_n_train": model.rpn.pre_nms_top_n_train,
+        "model.rpn.pre_nms_top_n_test": model.rpn.pre_nms_top_n_test,
+        "model.rpn.post_nms_top_n_train": model.rpn.post_nms_top_n_train,
+        "model.rpn.post_nms_top_n_test": model.rpn.post_nms_top_n_test,
+        "model.rpn.low_threshold": model.rpn.low_threshold,
         "model.rpn.batch_size_per_image": model.rpn.batch_size_per_image,
+        "model.roi.low_threshold": model.roi.low_threshold,
         "model.roi.batch_size_per_image": model.roi.batch_size_per_image,
         "model.roi.detections_per_image": model.roi.detections_per_image,
         "loader.batch_size": loader.batch_size,
         "optim.lr": optim.lr,
         "optim.step_size": optim.step_size,
+        "optim.gamma": optim.gamma,
+        "each of model.rpn.anchor_sizes": min((s for level in given(model.rpn.anchor_sizes) for s in level), default=0),
+        "each of model.rpn.aspect_ratios": min(given(model.rpn.aspect_ratios), default=0),
     }
-    for name, value in positive.items():
-        if not value > 0:  # type: ignore[operator]
+    for name, value in above_zero.items():
+        if not 0 < given(value) < math.inf:
             raise ValueError(f"{name} must be greater than 0, got {value}")
+    not_below_zero = {
+        "model.frozen_stages": model.frozen_stages,
+        "optim.base_batch_size": optim.base_batch_size,
+        "optim.momentum": optim.momentum,
+        "optim.weight_decay": optim.weight_decay,
+        "optim.clip_norm": optim.clip_norm,
+    }
+    for name, value in not_below_zero.items():
+        if not 0 <= given(value) < math.inf:
+            raise ValueError(f"{name} must be 0 or greater, got {value}")
+    if given(model.max_size) < given(model.min_size):
+        raise ValueError(
+            f"model.max_size, the longer side at most, must not be less than model.min_size ({model.min_size}), "
+            f"got {model.max_size}"
+        )
     for room, low, high in (
         ("model.rpn", model.rpn.low_threshold, model.rpn.high_threshold),
         ("model.roi", model.roi.low_threshold, model.roi.high_threshold),

@@ -56,7 +56,8 @@ def load(path: str | PathLike[str], device: torch.device | str = "cpu") -> Faste
     """
     file = checkpoint.find(path)
     saved = checkpoint.read(file)
-    model = FasterRCNN(replace(config_from(saved.config), weights=None), saved.classes)
+    with torch.random.fork_rng():  # the random weights are overwritten; the caller's generator stays where it was
+        model = FasterRCNN(config_from(saved.config), saved.classes)
     checkpoint.load_into(model, saved.state, file)
     return model.to(device).eval()
 
@@ -70,5 +71,5 @@ def config_from(values: dict[str, Any]) -> ModelConfig:
 
 
 def config_to(model: FasterRCNN) -> dict[str, Any]:
-    """The model's resolved configuration as plain values."""
-    return asdict(model.config)
+    """The model's resolved configuration as plain values, without the path of the weights that it started from."""
+    return asdict(replace(model.config, weights=None))

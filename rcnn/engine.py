@@ -174,8 +174,9 @@ def evaluate(model: FasterRCNN, loader: Loader, dataset: DetectionDataset) -> Ev
     images = 0
     for batch in loader:
         skipped += batch.skipped
-        losses, detections = model.validate(batch.images.to(device), batch.targets.to(device))
-        for index, scale, one in zip(batch.indices, batch.scales, detections.to("cpu").unpad(), strict=True):
+        batch = batch.to(device, non_blocking=True)
+        losses, detections = model.validate(batch.images, batch.targets)
+        for index, scale, one in zip(batch.indices, batch.scales.cpu(), detections.to("cpu").unpad(), strict=True):
             boxes = one["boxes"].numpy() * scale.numpy()[[1, 0, 1, 0]]
             found[index] = {"boxes": boxes, "labels": one["labels"].numpy(), "scores": one["scores"].numpy()}
         for name, loss in losses.items():
@@ -187,12 +188,9 @@ def evaluate(model: FasterRCNN, loader: Loader, dataset: DetectionDataset) -> Ev
         return None
     found = {index: one for share in shares for index, one in share[0].items()}
     images = sum(share[2] for share in shares)
-    empty: dict[str, np.ndarray] = {
-        "boxes": np.zeros((0, 4), np.float32),
-        "labels": np.zeros(0, np.int64),
-        "scores": np.zeros(0, np.float32),
-    }
-    results = [found.get(index, empty) for index in range(len(dataset))]
+    if len(found) != len(dataset):
+        raise ValueError(f"an evaluation must cover all {len(dataset)} images of {dataset.name}, got {len(found)}")
+    results = [found[index] for index in range(len(dataset))]
     names = dict.fromkeys(name for share in shares for name in share[1])
     return Evaluation(
         results=results,
@@ -205,7 +203,7 @@ def evaluate(model: FasterRCNN, loader: Loader, dataset: DetectionDataset) -> Ev
 
 @dataclass
 class _Position:
-    """Where a run stands: epoch, steps taken within it and in all, best AP so far."""
+    """Where a run stands: epochs finished, steps taken in the next one and in all, best AP so far."""
 
     epoch: int = 0
     step_in_epoch: int = 0
@@ -233,125 +231,208 @@ def _stop_flag() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _save(
-    run: Path, model: FasterRCNN, optimizer: torch.optim.Optimizer, at: _Position, metrics: dict[str, Any]
-) -> None:
-    weights = model.state_dict()
-    extra = {"epoch": at.epoch, "step": at.step, "metrics": metrics}
-    checkpoint.save(run / checkpoint.MODEL_LAST, weights, config_to(model), model.classes, extra)
-    state = {
-        "model": weights,
-        "optimizer": optimizer.state_dict(),
-        "position": vars(at).copy(),
-        "classes": model.classes,
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-    checkpoint.save_state(run / checkpoint.STATE_LAST, state)
-
-
-def _restore(run: Path, model: FasterRCNN, optimizer: torch.optim.Optimizer) -> _Position:
-    file = run / checkpoint.STATE_LAST
-    state = checkpoint.read_state(file)
-    if state.get("classes") != model.classes:
-        raise ValueError(f"{file} is of the classes {state.get('classes')}, the data has {model.classes}")
-    try:
-        checkpoint.load_into(model, state["model"], file)
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
-        at = _Position(**state["position"])
-    except (KeyError, TypeError) as error:
-        raise checkpoint.CheckpointError(f"{file} is no training state of this version: {error!r} is amiss") from None
-    if torch.cuda.is_available() and len(state["random_cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["random_cuda"])
-    model.step.fill_(at.step)
-    return at
-
-
 def train(
     config: TrainConfig,
     model: FasterRCNN,
     train_set: DetectionDataset,
     val_set: DetectionDataset,
-    run: Path,
+    folder: Path,
     tracker: Tracker,
 ) -> None:
     """Train to the end, evaluating on the way; the run folder then holds the best and the last weights.
+
+    The state is saved when the steps of an epoch are done, before its evaluation: what fails there loses nothing, and a
+    resumed run begins with that evaluation.
 
     Args:
         config: resolved.
         model: on its device.
         train_set: trains.
         val_set: is evaluated every ``config.val_interval`` epochs and after the last.
-        run: the run folder; only the first rank writes to it.
+        folder: the run folder; only the first rank writes to it.
         tracker: told of each step and epoch.
 
     Raises:
         Interrupted: Ctrl-C; a checkpoint was written first.
         DivergedError: a loss is not finite; the last checkpoint is as it was.
+        ValueError: the state to resume from is of other classes, another model or another optimiser.
     """
-    rank, world = distributed.rank(), distributed.world_size()
-    device, epochs = model.mean.device, given(config.epochs)
-    loader = loader_for(model, train_set, config.loader, train=True, seed=config.seed)
-    val_loader = loader_for(model, val_set, config.loader, train=False)
-    lr, _ = scaled_lr(config.optim, given(config.loader.batch_size) * world)
-    optimizer = make_optimizer(model, config.optim, lr)
-    at = _restore(run, model, optimizer) if config.resume else _Position()
-    network: nn.Module = model
-    if world > 1:
-        network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    steps_per_epoch = len(loader)
-    steps = epochs * steps_per_epoch
-    tracker.epochs, tracker.total_steps, tracker.resume_step = epochs, steps, at.step
-    told: set[str] = set()  # what was skipped, each file once
-    model.train()
+    run = _Run(config, model, train_set, val_set, folder, tracker)
     with _stop_flag() as stopping:
-        while at.epoch < epochs:
-            loader.set_epoch(at.epoch, at.step_in_epoch)
-            totals: dict[str, Tensor] = {}
-            taken, end = 0, time.perf_counter()
-            for batch in loader:
-                data_time = time.perf_counter() - end
-                for sentence in batch.skipped:
-                    if sentence not in told:
-                        tracker.message(f"{sentence}; image skipped")
-                        told.add(sentence)
-                rate = lr * lr_factor(config.optim, at.step, steps, steps_per_epoch)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                losses = train_step(network, batch.to(device), optimizer, given(config.optim.clip_norm))
-                taken += 1
-                at.step += 1
-                at.step_in_epoch += 1
-                totals = {name: totals.get(name, 0) + loss for name, loss in losses.items()}
-                values = {}
-                if at.step % config.log_interval == 0 or at.step_in_epoch == steps_per_epoch:
-                    values = {name: loss.item() for name, loss in losses.items()}
-                    _check_finite(values, at, rate, batch, train_set)
-                images = len(batch.indices) * world
-                tracker.step(at.epoch, at.step, values, rate, images, data_time, time.perf_counter() - end)
-                if distributed.any_rank(stopping()):
-                    if rank == 0:
-                        _save(run, model, optimizer, at, {})
-                    raise Interrupted(
-                        f"stopped in epoch {at.epoch + 1}, step {at.step}; --resume true goes on from there"
-                    )
-                end = time.perf_counter()
-            at.epoch, at.step_in_epoch = at.epoch + 1, 0
-            means = distributed.mean({name: total / max(taken, 1) for name, total in totals.items()})
-            values = {name: loss.item() for name, loss in means.items()}
-            found = None
-            if at.epoch % config.val_interval == 0 or at.epoch == epochs:
-                found = evaluate(model, val_loader, val_set)
-            if rank == 0:
-                metrics = _metrics(values, found)
-                if found is not None and found.coco["AP"] > at.best:
-                    at.best = found.coco["AP"]
-                    extra = {"epoch": at.epoch, "step": at.step, "metrics": metrics}
-                    best = run / checkpoint.MODEL_BEST
-                    checkpoint.save(best, model.state_dict(), config_to(model), model.classes, extra)
-                tracker.epoch(at.epoch, metrics)
-                _save(run, model, optimizer, at, metrics)
+        while run.at.epoch < given(config.epochs):
+            run.epoch(stopping)
+    if run.unreadable:
+        tracker.message(f"{len(run.unreadable)} images could not be read and were skipped")
+
+
+class _Run:
+    """What a training run holds between two steps."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: FasterRCNN,
+        train_set: DetectionDataset,
+        val_set: DetectionDataset,
+        folder: Path,
+        tracker: Tracker,
+    ) -> None:
+        self.config, self.model, self.folder, self.tracker = config, model, folder, tracker
+        self.train_set, self.val_set = train_set, val_set
+        self.rank, self.world, self.device = distributed.rank(), distributed.world_size(), model.mean.device
+        self.loader = loader_for(model, train_set, config.loader, train=True, seed=config.seed)
+        self.val_loader = loader_for(model, val_set, config.loader, train=False)
+        self.steps_per_epoch = len(self.loader)
+        self.steps = given(config.epochs) * self.steps_per_epoch
+        self.lr, _ = scaled_lr(config.optim, given(config.loader.batch_size) * self.world)
+        self.optimizer = make_optimizer(model, config.optim, self.lr)
+        self.at = _Position()
+        self.totals: dict[str, Tensor] = {}  # of the losses in this epoch
+        self.unreadable: dict[str, None] = {}  # a sentence for each image that was skipped
+        self.unsaid: list[str] = []
+        self.recent: dict[int, tuple[dict[str, Tensor], float, list[int]]] = {}
+        self.first_bad = torch.full((), -1, device=self.device)
+        torch.manual_seed(config.seed + self.rank)  # dropout differs between processes
+        if config.resume:
+            self.restore()
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        self.network = DistributedDataParallel(model, device_ids=device_ids) if self.world > 1 else model
+        tracker.epochs, tracker.total_steps, tracker.resume_step = given(config.epochs), self.steps, self.at.step
+
+    def epoch(self, stopping: Callable[[], bool]) -> None:
+        """The steps that are left of an epoch, then its evaluation."""
+        at = self.at
+        self.model.train()
+        self.loader.set_epoch(at.epoch, at.step_in_epoch)
+        first, end = at.step, time.perf_counter()
+        for batch in self.loader:
+            self.step(batch, end)
+            end = time.perf_counter()
+            if distributed.any_rank(stopping()):
+                self.save()
+                self.stop()
+        if at.step > first:  # else resumed at the end of the steps
+            self.save()
+        found = None
+        if (at.epoch + 1) % self.config.val_interval == 0 or at.epoch + 1 == self.config.epochs:
+            found = evaluate(self.model, self.val_loader, self.val_set)
+            self.unsaid += found.skipped if found else []
+        self.tell_unreadable()
+        taken = max(at.step_in_epoch, 1)
+        means = distributed.mean({name: total / taken for name, total in self.totals.items()})
+        metrics = _metrics({name: loss.item() for name, loss in means.items()}, found)
+        at.epoch, at.step_in_epoch, self.totals = at.epoch + 1, 0, {}
+        if self.rank == 0 and found is not None and found.coco["AP"] > at.best:
+            at.best = found.coco["AP"]
+            self.save_weights(checkpoint.MODEL_BEST, metrics)
+        self.tracker.epoch(at.epoch, metrics)
+        if distributed.any_rank(stopping()):
+            self.stop()
+
+    def step(self, batch: Batch, start: float) -> None:
+        """One step of the optimiser; ``start`` is when the batch was asked for."""
+        at, config = self.at, self.config
+        data_time = time.perf_counter() - start
+        self.unsaid += batch.skipped
+        rate = self.lr * lr_factor(config.optim, at.step, self.steps, self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batch = batch.to(self.device, non_blocking=True)
+        losses = train_step(self.network, batch, self.optimizer, given(config.optim.clip_norm))
+        at.step += 1
+        at.step_in_epoch += 1
+        self.totals = {name: self.totals.get(name, 0) + loss for name, loss in losses.items()}
+        finite = torch.stack(list(losses.values())).isfinite().all()
+        self.first_bad = torch.where(finite | (self.first_bad >= 0), self.first_bad, at.step)
+        self.recent[at.step] = losses, rate, batch.indices
+        values = {}
+        if at.step % config.log_interval == 0 or at.step_in_epoch == self.steps_per_epoch:
+            values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
+            self.check_finite()
+        images = len(batch.indices) * self.world
+        self.tracker.step(at.epoch, at.step, values, rate, images, data_time, time.perf_counter() - start)
+
+    def check_finite(self) -> None:
+        """Stop if a loss since the last check was not finite."""
+        bad = int(self.first_bad)
+        if bad < 0:
+            self.recent.clear()
+            return
+        losses, rate, indices = self.recent[bad]
+        names = ", ".join(name for name, loss in losses.items() if not loss.isfinite())
+        files = ", ".join(str(self.train_set.records[index].path) for index in indices)
+        raise DivergedError(
+            f"{names} is not finite at step {bad} (learning rate {rate:g}, images {files}); "
+            f"lower optim.lr or set optim.clip_norm"
+        )
+
+    def tell_unreadable(self) -> None:
+        """Name each image that any process had to skip, once."""
+        for sentence in [one for share in distributed.gather_objects(self.unsaid) or [] for one in share]:
+            if sentence not in self.unreadable:
+                self.tracker.message(f"{sentence}; image skipped")
+                self.unreadable[sentence] = None
+        self.unsaid = []
+
+    def stop(self) -> None:
+        """Leave after Ctrl-C, all processes together."""
+        self.tell_unreadable()
+        distributed.barrier()  # the first process has saved
+        raise Interrupted(f"stopped after step {self.at.step}; train --resume --out {self.folder} goes on from there")
+
+    def save_weights(self, name: str, metrics: dict[str, float]) -> None:
+        """Write the model's weights into the run folder."""
+        extra = {"epoch": self.at.epoch, "step": self.at.step, "metrics": metrics}
+        model = self.model
+        checkpoint.save(self.folder / name, model.state_dict(), config_to(model), model.classes, extra)
+
+    def save(self) -> None:
+        """Write the last weights and the state; called by every process, written by the first."""
+        self.check_finite()
+        random = distributed.gather_objects(torch.get_rng_state())
+        random_cuda = distributed.gather_objects(torch.cuda.get_rng_state()) if self.device.type == "cuda" else []
+        if self.rank != 0:
+            return
+        self.save_weights(checkpoint.MODEL_LAST, {})
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "optimizer_name": self.config.optim.name,
+            "position": vars(self.at).copy(),
+            "totals": self.totals,
+            "classes": self.model.classes,
+            "random": random,
+            "random_cuda": random_cuda,
+        }
+        checkpoint.save_state(self.folder / checkpoint.STATE_LAST, state)
+
+    def restore(self) -> None:
+        """Take up the state of the run folder; settings of the optimiser stay those of the configuration."""
+        file = self.folder / checkpoint.STATE_LAST
+        state = checkpoint.read_state(file)
+        for what, saved, own in (
+            ("classes", state.get("classes"), self.model.classes),
+            ("optimizer", state.get("optimizer_name"), self.config.optim.name),
+        ):
+            if saved != own:
+                raise ValueError(f"{file} is of the {what} {saved}, this run has {own}")
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        try:
+            checkpoint.load_into(self.model, state["model"], file)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.at = _Position(**state["position"])
+            self.totals = {name: total.to(self.device) for name, total in state["totals"].items()}
+            random, random_cuda = state["random"], state["random_cuda"]
+        except (KeyError, TypeError) as error:
+            problem = f"{file} is no training state of this version: {error!r} is amiss"
+            raise checkpoint.CheckpointError(problem) from None
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(setting)
+        self.model.step.fill_(self.at.step)
+        if len(random) == self.world:
+            torch.set_rng_state(random[self.rank])
+        if self.device.type == "cuda" and len(random_cuda) == self.world:
+            torch.cuda.set_rng_state(random_cuda[self.rank])
 
 
 def _metrics(losses: dict[str, float], found: Evaluation | None) -> dict[str, float]:
@@ -361,13 +442,3 @@ def _metrics(losses: dict[str, float], found: Evaluation | None) -> dict[str, fl
         values |= {f"val_{name}": loss for name, loss in found.losses.items()}
         values |= {"AP": found.coco["AP"], "AP50": found.coco["AP50"], "VOC_AP": found.voc["map_area"]}
     return values
-
-
-def _check_finite(losses: dict[str, float], at: _Position, lr: float, batch: Batch, dataset: DetectionDataset) -> None:
-    bad = [name for name, value in losses.items() if not math.isfinite(value)]
-    if bad:
-        files = ", ".join(str(dataset.records[index].path) for index in batch.indices)
-        raise DivergedError(
-            f"{', '.join(bad)} is not finite at step {at.step} (learning rate {lr:g}, images {files}); "
-            f"lower optim.lr or set optim.clip_norm"
-        )

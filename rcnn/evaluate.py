@@ -1,7 +1,5 @@
 """``python -m rcnn.evaluate``: COCO and VOC average precision of a checkpoint on a data set."""
 
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from rich.table import Table
 from rcnn import console, detector, distributed, engine
 from rcnn.config import LoaderConfig
 from rcnn.data import open_dataset
-from rcnn.files import write_text
+from rcnn.files import write_json
 
 PROG = "rcnn evaluate"
 
@@ -71,17 +69,8 @@ def _evaluate(options: Any) -> None:
         "coco": found.coco,
         "problems": dataset.problems + found.skipped,
     }
-    write_text(out, json.dumps(_finite(content), indent=1) + "\n")
+    write_json(out, content)
     print(f"written: {out}")
-
-
-def _finite(value: Any) -> Any:
-    """NaN, the AP of a class without objects, has no place in JSON: it becomes null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

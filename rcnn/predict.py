@@ -1,7 +1,6 @@
 """``python -m rcnn.predict``: boxes on your pictures, as pictures and as JSON."""
 
 import glob
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rcnn import console, detector, engine, viz
-from rcnn.files import write_text
+from rcnn.files import write_json
 from rcnn.images import SUFFIXES, ImageError, read_image
 
 PROG = "rcnn predict"
@@ -100,7 +99,7 @@ def _predict(options: Any) -> None:
             print(f"{path}: {len(result['names'])} objects")
     for sentence in skipped:
         print(sentence)
-    write_text(out / "detections.json", json.dumps({"classes": model.classes, "images": content}, indent=1) + "\n")
+    write_json(out / "detections.json", {"classes": model.classes, "images": content})
     objects = sum(len(image["detections"]) for image in content)
     print(
         f"{objects} objects in {len(content)} pictures, {len(skipped)} skipped; pictures and detections.json in {out}"

@@ -209,12 +209,14 @@ class Tracker:
             self._bar.start()
 
     def _keep_until(self, folder: Path, step: int) -> None:
-        # A run that was killed may have torn its last line: what does not parse goes, too.
+        # A run that was killed may have torn its last line: what does not parse goes, too. An epoch's row at the step
+        # itself goes as well: the state is saved before the evaluation, which the resumed run makes again.
         lines = []
         if step and (folder / METRICS).is_file():
             for line in (folder / METRICS).read_text("utf-8", errors="replace").splitlines():
                 try:
-                    kept = json.loads(line)["step"] <= step
+                    row = json.loads(line)
+                    kept = row["step"] < step + (row["kind"] == "step")
                 except (ValueError, KeyError, TypeError):
                     kept = False
                 if kept:
@@ -222,7 +224,7 @@ class Tracker:
         if step and (folder / RESULTS).is_file():
             text = (folder / RESULTS).read_text("utf-8", errors="replace")
             for row in csv.DictReader(io.StringIO(text)):
-                if (row.get("step") or "").isdigit() and int(row["step"]) <= step:
+                if (row.get("step") or "").isdigit() and int(row["step"]) < step:
                     self._rows.append({name: value for name, value in row.items() if value})
                     self._before = _number(row.get("seconds"))
         write_text(folder / METRICS, "".join(lines))

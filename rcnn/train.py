@@ -1,20 +1,24 @@
 """``python -m rcnn.train``: train a detector on a VOC or COCO folder, or on generated flowers."""
 
+import contextlib
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
+from PIL import Image
 
 from rcnn import checkpoint, console, detector, distributed, engine, viz
 from rcnn.config import TrainConfig, given, resolve
 from rcnn.data import flowers, open_dataset
 from rcnn.data.dataset import DetectionDataset
 from rcnn.files import write_text
+from rcnn.images import ImageError
 from rcnn.metrics.curves import precision_recall
 from rcnn.models.faster_rcnn import FasterRCNN
 from rcnn.tracking import Tracker
@@ -26,7 +30,7 @@ CONFIG = "config.yaml"
 
 #: Where the generated data set goes, and how often it is gone through unless told otherwise: it is soon learnt.
 FLOWERS = Path("runs") / f"flowers-v{flowers.VERSION}"
-FLOWER_EPOCHS = 16
+FLOWER_EPOCHS = 12
 
 #: Pictures of the validation set that a run leaves with its boxes on.
 PICTURES = 12
@@ -82,7 +86,8 @@ def _run(config: TrainConfig, device: torch.device) -> None:
     if first:
         _announce(config, device, model, train_set, val_set, [str(w.message) for w in caught])
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / CONFIG, yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+        settings = asdict(replace(config, out="", resume=False))  # the folder may move; the file may start another run
+        write_text(folder / CONFIG, yaml.safe_dump(_plain(settings), sort_keys=False))
     model.to(device)
     start = time.perf_counter()
     with Tracker(folder if first else None) as tracker:
@@ -148,24 +153,35 @@ def _finish(
     found = engine.evaluate(model, engine.loader_for(model, val_set, config.loader, train=False), val_set)
     if found is None:
         return
-    pictures = folder / "predictions"
-    pictures.mkdir(exist_ok=True)
-    for index, result in list(enumerate(found.results))[:PICTURES]:
-        keep = result["scores"] >= 0.5
-        names = [val_set.classes[label - 1] for label in result["labels"][keep]]
-        picture = viz.draw_boxes(
-            val_set.read(index), result["boxes"][keep], names, result["scores"][keep], val_set.classes
-        )
-        viz.save(picture, pictures / f"{val_set.records[index].path.stem}.jpg")
-    curves = precision_recall(val_set, found.results)
-    plots = viz.plot_run(folder / "results.csv", curves, folder / "plots")
+    drawn = _draw(val_set, found, folder / "predictions")
+    if drawn:
+        sheet = viz.contact_sheet(drawn, columns=4)
+        viz.save(sheet, folder / "predictions.jpg")
+        tracker.image("predictions", np.asarray(sheet), 0)
+    plots = viz.plot_run(folder / "results.csv", precision_recall(val_set, found.results), folder / "plots")
     tracker.message(f"trained {seconds / 60:.1f} minutes")
     console.show(console.ap_table(f"{config.val_split}: average precision of the best weights", found.voc, found.coco))
     print(f"run folder: {folder}")
-    print(f"pictures with predicted boxes: {pictures}")
+    print(f"pictures with predicted boxes: {folder / 'predictions'}, and on one sheet {folder / 'predictions.jpg'}")
     print(
         f"plots: {folder / 'plots'}" if plots else "plots: none drawn, matplotlib is missing (pip install matplotlib)"
     )
+
+
+def _draw(dataset: DetectionDataset, found: engine.Evaluation, folder: Path) -> list[Image.Image]:
+    """Pictures of the first images with their boxes, saved in ``folder``; what cannot be read was told before."""
+    folder.mkdir(exist_ok=True)
+    drawn: list[Image.Image] = []
+    for index, (record, result) in enumerate(zip(dataset.records, found.results, strict=True)):
+        if len(drawn) == PICTURES:
+            break
+        with contextlib.suppress(ImageError):
+            keep = result["scores"] >= 0.5
+            names = [dataset.classes[label - 1] for label in result["labels"][keep]]
+            pixels = dataset.read(index)
+            drawn.append(viz.draw_boxes(pixels, result["boxes"][keep], names, result["scores"][keep], dataset.classes))
+            viz.save(drawn[-1], folder / f"{index + 1:06d}_{record.path.stem}.jpg")
+    return drawn
 
 
 if __name__ == "__main__":

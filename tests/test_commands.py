@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,15 +59,16 @@ def test_a_run_folder_holds_what_the_documentation_says(run):
         "results.csv",
         "tensorboard",
         "predictions",
+        "predictions.jpg",
     }
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"]["min_size"] == 96 and config["optim"]["lr"] == 1e-3, "unset fields come from the recipe"
     rows = list(csv.DictReader((run / "results.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert float(rows[-1]["AP50"]) >= 0
+    assert 0 <= float(rows[-1]["AP50"]) <= 1
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"} <= set(steps[0])
-    assert list((run / "predictions").glob("*.jpg"))
+    assert len(list((run / "predictions").glob("*.jpg"))) == 7, "one for each validation picture"
 
 
 def test_its_configuration_trains_again(run, data, tmp_path):
@@ -94,6 +96,64 @@ def test_resuming_gives_the_same_weights_as_going_through(run, data, tmp_path):
     whole = safetensors.torch.load_file(run / "model_last.safetensors")
     parts = safetensors.torch.load_file(out / "model_last.safetensors")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def damaged(data, folder, *splits):
+    """A copy of the data set in which the first picture of each split ends after 400 bytes."""
+    shutil.copytree(data, folder)
+    voc = folder / "VOC2007"
+    files = [voc / "JPEGImages" / f"{(voc / f'ImageSets/Main/{s}.txt').read_text().split()[0]}.jpg" for s in splits]
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-400])
+    return [file.name for file in files]
+
+
+def test_a_damaged_picture_is_named_counted_and_no_more(data, tmp_path, capsys):
+    """In training, in validation, and among the pictures drawn at the end; --strict stops instead."""
+    train, val = damaged(data, tmp_path / "data", "train", "val")
+    command = ["train", "--data", str(tmp_path / "data"), "--epochs", "2", *SMALL, "--out"]
+    cli.main([*command, str(tmp_path / "run")])
+    shown = capsys.readouterr().out
+    for name in (train, val):
+        assert len([line for line in shown.splitlines() if name in line and line.endswith("; image skipped")]) == 1
+    assert "2 images could not be read and were skipped" in shown
+    assert len(list((tmp_path / "run" / "predictions").glob("*.jpg"))) == 6
+    line = fails(capsys, 1, *command, tmp_path / "strict", "--strict")
+    assert train in line or val in line
+
+
+def test_what_fails_in_the_evaluation_loses_no_step(run, data, tmp_path, capsys, monkeypatch):
+    """The state is saved first; the resumed run makes the evaluation again, and no row twice."""
+    out = tmp_path / "run"
+    command = ["train", "--data", str(data), "--out", str(out), "--epochs", "2", *SMALL]
+    with monkeypatch.context() as patch:
+        patch.setattr("rcnn.engine.evaluate", lambda *_: (_ for _ in ()).throw(ValueError("no evaluation today")))
+        assert fails(capsys, 1, *command) == "rcnn train: no evaluation today"
+    cli.main(["train", "--out", str(out), "--resume"])
+    whole, parts = (list(csv.DictReader((folder / "results.csv").open())) for folder in (run, out))
+    for name in ("epoch", "step", "loss", "val_loss", "AP"):
+        assert [row[name] for row in parts] == [row[name] for row in whole]
+
+
+def test_a_resumed_run_takes_settings_given_beside_it(run, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    cli.main(["train", "--out", str(out), "--resume", "--epochs", "3", "--optim.weight_decay", "0.125"])
+    state = read_state(out / "state_last.pt")
+    assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.125
+    assert state["position"]["step"] == 15
+    assert not yaml.safe_load((out / "config.yaml").read_text())["resume"], "the file starts other runs, too"
+    line = fails(capsys, 1, "train", "--out", out, "--resume", "--epochs", "4", "--optim.name", "sgd")
+    assert "is of the optimizer adamw, this run has sgd" in line
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(run, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    before = (out / "state_last.pt").read_bytes()
+    line = fails(capsys, 1, "train", "--out", out, "--resume", "--epochs", "3", "--optim.lr", "1e30")
+    assert "is not finite at step 1" in line and ".jpg" in line
+    assert (out / "state_last.pt").read_bytes() == before
 
 
 def test_evaluate_writes_both_kinds_of_ap(run, data, capsys):
@@ -136,7 +196,7 @@ def test_predict_takes_files_folders_and_globs(run, data, tmp_path, capsys):
 def test_two_processes_train_and_evaluate_together(data, tmp_path):
     """DDP over gloo: one rank writes, the evaluation is sharded and covers each image once."""
     out = tmp_path / "two"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     job = subprocess.run(
         [*launch, "-m", "rcnn.train", "--data", str(data), "--out", str(out), "--epochs", "1", *SMALL],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -180,6 +240,9 @@ def test_bad_input_gets_one_sentence(run, data, tmp_path, capsys):
     line = fails(capsys, 2, "train", "--model.name", "tinny")
     assert line == "rcnn train: model.name must be one of tiny, resnet18_fpn, resnet50_fpn, vgg16, got tinny"
     assert "epochs must be a whole number, got x" in fails(capsys, 2, "train", "--epochs", "x")
+    low = fails(capsys, 1, "train", "--model.min_size", "480")
+    assert "model.max_size, the longer side at most, must not be less than model.min_size (480), got 320" in low
+    assert "optim.clip_norm must be 0 or greater, got -1" in fails(capsys, 1, "train", "--optim.clip_norm", "-1")
     assert "epochs must be greater than 0, got 0" in fails(capsys, 1, "train", "--epochs", "0")
     assert "device must be auto, cpu, cuda or cuda:N, got 'gpu'" in fails(capsys, 1, "train", "--device", "gpu")
     assert "nowhere" in fails(capsys, 1, "train", "--data", tmp_path / "nowhere")

@@ -160,7 +160,11 @@ class FasterRCNN(nn.Module):
             image_sizes: ``(B, 2)`` float32, height and width of each image without its padding; default: the full size.
 
         Returns:
-            At most ``roi.detections_per_image`` boxes for each image. Call ``eval()`` on the model first.
+            At most ``roi.detections_per_image`` boxes for each image.
+
+        Raises:
+            ValueError: shapes or types that do not fit, or the model is in training mode, where batch statistics would
+                enter the result and be changed by it.
         """
         features = self._features(images)
         if image_sizes is None:
@@ -168,6 +172,8 @@ class FasterRCNN(nn.Module):
         return self._detections(features, image_sizes)
 
     def _detections(self, features: list[Tensor], image_sizes: Tensor) -> Detections:
+        if self.training:
+            raise ValueError("the model must be in evaluation mode to detect: call eval() first")
         proposals, _ = self.rpn(features, image_sizes, None, self.step)
         return self.roi_heads.detect(features, proposals, image_sizes)
 
@@ -190,6 +196,8 @@ class FasterRCNN(nn.Module):
         """
         if not 0 <= score_threshold <= 1:
             raise ValueError(f"score_threshold must be between 0 and 1, got {score_threshold}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be greater than 0, got {batch_size}")
         if isinstance(inputs, (str, PathLike, Image.Image, np.ndarray)):
             return self.predict([inputs], score_threshold, batch_size)[0]
         results: list[dict[str, Any]] = []
@@ -205,11 +213,12 @@ class FasterRCNN(nn.Module):
         short, long = given(self.config.min_size), given(self.config.max_size)
         sizes = [pictures.target_size(a.shape[0], a.shape[1], short, long) for a in arrays]
         images, image_sizes = pictures.stack([pictures.resize(a, *size) for a, size in zip(arrays, sizes, strict=True)])
-        training = self.training
+        training, device = self.training, self.mean.device
         self.eval()
-        device = self.mean.device
-        found = self.detect(images.to(device), image_sizes.to(device)).to("cpu").unpad()
-        self.train(training)
+        try:
+            found = self.detect(images.to(device), image_sizes.to(device)).to("cpu").unpad()
+        finally:
+            self.train(training)
         results = []
         for array, (height, width), one in zip(arrays, sizes, found, strict=True):
             keep = one["scores"] >= score_threshold

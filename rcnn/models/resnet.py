@@ -73,9 +73,8 @@ def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
         ``(B, C', H', W')`` float.
     """
     assert isinstance(conv, nn.Conv2d)
-    if isinstance(norm, nn.BatchNorm2d) and norm.training:
+    if not isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d) or (isinstance(norm, nn.BatchNorm2d) and norm.training):
         return norm(conv(x))
-    assert isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d)
     assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     shift = torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
