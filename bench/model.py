@@ -200,7 +200,7 @@ def gate(model: rcnn.FasterRCNN, images: Tensor, targets: Targets) -> dict[str, 
 
 def _has(one: dict[str, Tensor], other: dict[str, Tensor]) -> int:
     """Check that each sure detection of ``one`` is in ``other``, and count them."""
-    sure = one["scores"] >= 0.1  # away from the threshold of 0.05, where rounding decides
+    sure = one["scores"] >= 0.1  # well above the score threshold, where rounding decides
     same = (
         (iou(one["boxes"][sure][:, None], other["boxes"][None]) > 0.99)
         & (one["labels"][sure][:, None] == other["labels"][None])

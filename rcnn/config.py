@@ -220,12 +220,12 @@ _REFERENCE_ROI = RoIConfig(batch_size_per_image=512, dropout=0.0, score_threshol
 #: the pyramid models; Ren et al. (2015) and the original project's tutorial for vgg16; trials on two cores for tiny.
 RECIPES: dict[str, TrainConfig] = {
     "tiny": TrainConfig(
-        epochs=36,
+        epochs=28,
         model=ModelConfig(
             frozen_stages=0,
             min_size=240,
             max_size=320,
-            rpn=_pyramid([24, 48, 96, 192], (600, 300), (300, 300), 128),
+            rpn=_pyramid([24, 48, 96, 192], (300, 300), (300, 300), 128),
             roi=RoIConfig(batch_size_per_image=96, dropout=0.0, score_threshold=0.01),
         ),
         optim=OptimConfig(

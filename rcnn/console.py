@@ -14,6 +14,9 @@ from rich.table import Table
 
 from rcnn.data.dataset import DetectionDataset
 
+#: How a problem that a reader could get past ends.
+_KINDS = ("image skipped", "object skipped", "box clipped")
+
 #: Exit code after Ctrl-C, as the shell's own.
 INTERRUPTED = 130
 
@@ -30,10 +33,26 @@ class Parser(jsonargparse.ArgumentParser):
         try:
             return self.parse_args(self._switches(words))
         except Exception as error:  # jsonargparse raises its own, argparse's and YAML's errors
-            file = next((following for word, following in pairwise(words) if word == "--config"), "")
-            where = f"{file}: " if file else ""
-            sys.stderr.write(f"{self.prog}: {where}{self._sentence(' '.join(str(error).split()))}\n")
-            sys.exit(2)
+            self._refuse(words, self._sentence(" ".join(str(error).split())))
+
+    def read_groups(self, words: Sequence[str]) -> dict[str, Any]:
+        """Parse, and make the dataclasses of the groups; ends the process as :meth:`read` does."""
+        options = self.read(words)
+        options.pop("config", None)
+        for group in {dest.split(".")[0] for dest in self._leaves() if "." in dest}:
+            if not isinstance(options[group], jsonargparse.Namespace):
+                self._refuse(words, f"{group} must be a group of settings, got {options[group]!r}")
+        make = self.instantiate if hasattr(self, "instantiate") else self.instantiate_classes
+        return vars(make(options))
+
+    def _refuse(self, words: Sequence[str], sentence: str) -> NoReturn:
+        file = next((following for word, following in pairwise(words) if word == "--config"), "")
+        fail(self.prog, f"{file}: {sentence}" if file else sentence, 2)
+
+    def _leaves(self) -> dict[str, Any]:
+        actions = {action.dest: action for action in self._actions if action.option_strings}
+        groups = {dest for dest in actions if any(other.startswith(f"{dest}.") for other in actions)}
+        return {dest: action for dest, action in actions.items() if dest not in groups}
 
     def _switches(self, words: list[str]) -> list[str]:
         # A switch may stand alone: --resume means --resume true.
@@ -51,7 +70,7 @@ class Parser(jsonargparse.ArgumentParser):
         return filled
 
     def _sentence(self, message: str) -> str:
-        known = {action.dest: action for action in self._actions if action.option_strings}
+        known = self._leaves()
         unknown = re.search(r"unrecognized arguments: -*([\w.\-]+)", message)
         name = unknown[1] if unknown else ""
         if unknown := re.search(r"Group '([\w.]+)' does not accept option '([\w.\-]+)'", message):
@@ -62,6 +81,8 @@ class Parser(jsonargparse.ArgumentParser):
             near = difflib.get_close_matches(name.replace("-", "_"), known, 1, 0.5)
             hint = f"did you mean --{near[0]}?" if near else f"{self.prog} --help lists the options"
             return f"unknown option {name}; {hint}"
+        if unexpected := re.search(r"Unexpected config: *(.*)$", message):
+            return f"expected settings as lines of NAME: VALUE, got {unexpected[1] or 'none'}"
         key = re.search(r'[Kk]ey "([\w.]+)"', message)
         got = re.search(r"(?:Given value|Got value): (.*)$", message)
         if key and got and key[1] in known:
@@ -83,25 +104,29 @@ def run(prog: str, main: Callable[[], None]) -> None:
     """Call ``main``; an expected failure becomes one sentence on stderr and exit code 1, Ctrl-C exit code 130."""
     try:
         main()
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        fail(prog, f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except ValueError as error:
         fail(prog, str(error))
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
         sys.exit(INTERRUPTED)
 
 
-def fail(prog: str, sentence: str) -> NoReturn:
-    """End the process with a sentence on stderr and exit code 1."""
+def fail(prog: str, sentence: str, code: int = 1) -> NoReturn:
+    """End the process with a sentence on stderr and an exit code."""
     sys.stderr.write(f"{prog}: {sentence}\n")
-    sys.exit(1)
+    sys.exit(code)
 
 
 def print_problems(dataset: DetectionDataset, split: str, limit: int = 20) -> None:
     """Say what the reader skipped or mended, a line each."""
     for problem in dataset.problems[:limit]:
         print(f"{split}: {problem}")
-    if len(dataset.problems) > limit:
-        print(f"{split}: and {len(dataset.problems) - limit} more")
+    if dataset.problems:
+        kinds = {kind: sum(p.endswith(f"; {kind}") for p in dataset.problems) for kind in _KINDS}
+        counts = ", ".join(f"{n} x {kind}" for kind, n in kinds.items() if n)
+        print(f"{split}: {len(dataset.problems)} problems" + (f" ({counts})" if counts else ""))
 
 
 def ap_table(title: str, voc: dict[str, Any], coco: dict[str, Any]) -> Table:

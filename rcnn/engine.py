@@ -6,12 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,10 +21,14 @@ from rcnn.config import LoaderConfig, OptimConfig, TrainConfig, given
 from rcnn.data.dataset import DetectionDataset
 from rcnn.data.loader import Batch, Loader, make_loader
 from rcnn.detector import config_to
+from rcnn.files import write_text
 from rcnn.metrics.coco import coco_ap
 from rcnn.metrics.voc import voc_ap
 from rcnn.models.faster_rcnn import FasterRCNN
 from rcnn.tracking import Tracker
+
+#: The settings of a run, every field filled in.
+CONFIG = "config.yaml"
 
 
 class Interrupted(Exception):
@@ -249,7 +254,7 @@ def train(
         model: on its device.
         train_set: trains.
         val_set: is evaluated every ``config.val_interval`` epochs and after the last.
-        folder: the run folder; only the first rank writes to it.
+        folder: the run folder, which exists; only the first rank writes to it.
         tracker: told of each step and epoch.
 
     Raises:
@@ -262,7 +267,7 @@ def train(
         while run.at.epoch < given(config.epochs):
             run.epoch(stopping)
     if run.unreadable:
-        tracker.message(f"{len(run.unreadable)} images could not be read and were skipped")
+        tracker.message(f"{len(run.unreadable)} images could not be read")
 
 
 class _Run:
@@ -295,6 +300,11 @@ class _Run:
         torch.manual_seed(config.seed + self.rank)  # dropout differs between processes
         if config.resume:
             self.restore()
+        if self.rank == 0:
+            # Without its own place, for the folder may move, and the file may start another run.
+            settings = asdict(replace(config, out="", resume=False))
+            settings["loader"]["scale"] = list(settings["loader"]["scale"])
+            write_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False))
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         self.network = DistributedDataParallel(model, device_ids=device_ids) if self.world > 1 else model
         tracker.epochs, tracker.total_steps, tracker.resume_step = given(config.epochs), self.steps, self.at.step
@@ -316,7 +326,7 @@ class _Run:
         found = None
         if (at.epoch + 1) % self.config.val_interval == 0 or at.epoch + 1 == self.config.epochs:
             found = evaluate(self.model, self.val_loader, self.val_set)
-            self.unsaid += found.skipped if found else []
+            self.unsaid += [f"{s}; evaluated as if nothing were found" for s in found.skipped] if found else []
         self.tell_unreadable()
         taken = max(at.step_in_epoch, 1)
         means = distributed.mean({name: total / taken for name, total in self.totals.items()})
@@ -333,7 +343,7 @@ class _Run:
         """One step of the optimiser; ``start`` is when the batch was asked for."""
         at, config = self.at, self.config
         data_time = time.perf_counter() - start
-        self.unsaid += batch.skipped
+        self.unsaid += [f"{sentence}; image skipped" for sentence in batch.skipped]
         rate = self.lr * lr_factor(config.optim, at.step, self.steps, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -370,7 +380,7 @@ class _Run:
         """Name each image that any process had to skip, once."""
         for sentence in [one for share in distributed.gather_objects(self.unsaid) or [] for one in share]:
             if sentence not in self.unreadable:
-                self.tracker.message(f"{sentence}; image skipped")
+                self.tracker.message(sentence)
                 self.unreadable[sentence] = None
         self.unsaid = []
 

@@ -49,13 +49,6 @@ def _evaluate(options: Any) -> None:
         distributed.shutdown()
     if found is None:
         return
-    console.print_problems(dataset, options.split)
-    for sentence in found.skipped:
-        print(sentence)
-    console.show(console.ap_table(f"{options.split}: {len(dataset)} images", found.voc, found.coco))
-    table = Table(*_COCO, title="COCO")
-    table.add_row(*(f"{found.coco[name]:.3f}" if found.coco[name] >= 0 else "-" for name in _COCO))
-    console.show(table)
     checkpoint = Path(options.checkpoint)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     out = Path(options.out) if options.out else folder / f"evaluation_{options.split}.json"
@@ -70,6 +63,13 @@ def _evaluate(options: Any) -> None:
         "problems": dataset.problems + found.skipped,
     }
     write_json(out, content)
+    console.print_problems(dataset, options.split)
+    for sentence in found.skipped:
+        print(f"{sentence}; it counts as an image without detections")
+    console.show(console.ap_table(f"{options.split}: {len(dataset)} images", found.voc, found.coco))
+    table = Table(*_COCO, title="COCO")
+    table.add_row(*(f"{found.coco[name]:.3f}" if found.coco[name] >= 0 else "-" for name in _COCO))
+    console.show(table)
     print(f"written: {out}")
 
 

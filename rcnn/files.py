@@ -34,9 +34,11 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.strerror:
+            error.filename = str(path)  # the name that its user knows
         raise
     sync_folder(path.parent)
 

@@ -44,7 +44,8 @@ def read_image(path: "str | os.PathLike[str]") -> np.ndarray:
     """Pixels of an image file.
 
     The EXIF orientation is applied. Grey, palette, CMYK and 1-bit images become RGB; transparent ones are laid on
-    white; 16-bit ones are scaled to 8 bits by 255 / 65535; of several frames the first is taken.
+    white; deeper grey ones are scaled to 8 bits, by 255 / 65535, by 255 / 4095 where no value needs more than
+    12 bits, and by 1 where none needs more than 8; of several frames the first is taken.
 
     Args:
         path: image file in one of :data:`FORMATS`.
@@ -240,12 +241,18 @@ def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
 
 
 def _to_8_bits(values: np.ndarray, name: str) -> np.ndarray:
-    """Grey values of 16 bits, or float ones in 0..1, as 8 bits; other ranges have no agreed meaning."""
+    """Grey integers, or floats in 0..1, as 8 bits; other ranges have no agreed meaning.
+
+    Integers are as deep as their largest value needs: 8, 12 (as cameras for science give them) or 16 bits.
+    """
     low, high = values.min(), values.max()
     if values.dtype.kind == "f" and low >= 0 and high <= 1:
         return np.rint(values * 255).astype(np.uint8)
     if values.dtype.kind in "iu" and low >= 0 and high <= 65535:
-        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        if high <= 255:
+            return values.astype(np.uint8)
+        top = 4095 if high <= 4095 else 65535
+        return ((values.astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8)
     raise ImageError(
         f"{name}: expected grey values in 0..65535, or 0..1 for floats, got {low} to {high}; save it with 8 bits"
     )

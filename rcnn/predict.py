@@ -40,7 +40,8 @@ def find(inputs: Sequence[str]) -> list[Path]:
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            inside = (p for p in path.iterdir() if not p.name.startswith("."))
+            found = sorted(p for p in inside if p.suffix.lower() in SUFFIXES and p.is_file())
         elif path.exists():
             found = [path]
         else:
@@ -74,6 +75,8 @@ def _predict(options: Any) -> None:
     model = detector.load(options.checkpoint, engine.choose_device(options.device))
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
+    if own := next((path for path in files if path.resolve().parent == out.resolve()), None):
+        raise ValueError(f"{out} holds the input {own.name}, which its result might overwrite; choose another --out")
     content: list[dict[str, Any]] = []
     skipped: list[str] = []
     taken: set[str] = set()
@@ -98,7 +101,9 @@ def _predict(options: Any) -> None:
             )
             print(f"{path}: {len(result['names'])} objects")
     for sentence in skipped:
-        print(sentence)
+        print(f"{sentence}; skipped")
+    if not content:
+        raise ValueError(f"none of the {len(files)} pictures could be read")
     write_json(out / "detections.json", {"classes": model.classes, "images": content})
     objects = sum(len(image["detections"]) for image in content)
     print(

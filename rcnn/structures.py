@@ -110,7 +110,7 @@ class Detections(_Tensors):
     count: Tensor
 
     def unpad(self) -> list[dict[str, Tensor]]:
-        """One ``{"boxes", "labels", "scores"}`` per image without its padding; here alone the host is waited for."""
+        """One ``{"boxes", "labels", "scores"}`` per image without its padding; this waits for the device."""
         counts = self.count.tolist()
         return [
             {"boxes": self.boxes[b, :n], "labels": self.labels[b, :n], "scores": self.scores[b, :n]}

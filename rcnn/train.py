@@ -5,28 +5,22 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 
 from rcnn import checkpoint, console, detector, distributed, engine, viz
 from rcnn.config import TrainConfig, given, resolve
 from rcnn.data import flowers, open_dataset
 from rcnn.data.dataset import DetectionDataset
-from rcnn.files import write_text
 from rcnn.images import ImageError
 from rcnn.metrics.curves import precision_recall
 from rcnn.models.faster_rcnn import FasterRCNN
 from rcnn.tracking import Tracker
 
 PROG = "rcnn train"
-
-#: The settings of a run, every field filled in.
-CONFIG = "config.yaml"
 
 #: Where the generated data set goes, and how often it is gone through unless told otherwise: it is soon learnt.
 FLOWERS = Path("runs") / f"flowers-v{flowers.VERSION}"
@@ -42,15 +36,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_class_arguments(TrainConfig)
     words = sys.argv[1:] if argv is None else list(argv)
-    options = parser.read(words)
-    if options.resume and options.out:
+    config = TrainConfig(**parser.read_groups(words))
+    if config.resume and config.out:
         # The run's own settings, unless told otherwise.
-        if not (saved := Path(options.out) / CONFIG).is_file():
-            console.fail(PROG, f"{options.out} holds no run to go on with: it has no {CONFIG}")
-        options = parser.read(["--config", str(saved), *words])
-    options.pop("config", None)
-    config = parser.instantiate(options) if hasattr(parser, "instantiate") else parser.instantiate_classes(options)
-    console.run(PROG, lambda: _train(TrainConfig(**vars(config))))
+        saved = Path(config.out) / engine.CONFIG
+        if not saved.is_file() or not (saved.parent / checkpoint.STATE_LAST).is_file():
+            console.fail(PROG, f"{config.out} holds no run to go on with: start it without --resume")
+        name = parser.read_groups(["--config", str(saved)])["model"].name
+        config = TrainConfig(**parser.read_groups(["--config", str(saved), *words]))
+        if config.model.name != name:
+            console.fail(PROG, f"{config.out} is a run of {name}, got --model.name {config.model.name}")
+    console.run(PROG, lambda: _train(config))
 
 
 def _train(config: TrainConfig) -> None:
@@ -85,9 +81,6 @@ def _run(config: TrainConfig, device: torch.device) -> None:
             model = detector.build(config.model, train_set.classes, config.seed)
     if first:
         _announce(config, device, model, train_set, val_set, [str(w.message) for w in caught])
-        folder.mkdir(parents=True, exist_ok=True)
-        settings = asdict(replace(config, out="", resume=False))  # the folder may move; the file may start another run
-        write_text(folder / CONFIG, yaml.safe_dump(_plain(settings), sort_keys=False))
     model.to(device)
     start = time.perf_counter()
     with Tracker(folder if first else None) as tracker:
@@ -99,12 +92,6 @@ def _run(config: TrainConfig, device: torch.device) -> None:
         _finish(config, folder, device, val_set, tracker, time.perf_counter() - start)
 
 
-def _plain(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 def _run_folder(config: TrainConfig) -> Path:
     if config.resume and not config.out:
         raise ValueError("--resume goes on in a run folder: name it with --out")
@@ -112,6 +99,10 @@ def _run_folder(config: TrainConfig) -> Path:
     folder = Path(name)
     if not config.resume and (folder / checkpoint.STATE_LAST).exists():
         raise ValueError(f"{folder} holds a run already; go on with --resume, or choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be a run folder: {error.strerror}") from None
     return folder
 
 
@@ -131,6 +122,8 @@ def _announce(
         objects = sum(len(record.labels) for record in dataset.records)
         print(f"{split}: {len(dataset)} images, {objects} objects of {len(dataset.classes)} classes in {config.data}")
         console.print_problems(dataset, split)
+        if not objects:
+            print(f"{split}: no object at all; from this alone nothing but background can be learnt or measured")
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{config.model.name}: {parameters / 1e6:.1f} M parameters on {device}, {distributed.world_size()} process(es)"

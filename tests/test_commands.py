@@ -115,8 +115,9 @@ def test_a_damaged_picture_is_named_counted_and_no_more(data, tmp_path, capsys):
     cli.main([*command, str(tmp_path / "run")])
     shown = capsys.readouterr().out
     for name in (train, val):
-        assert len([line for line in shown.splitlines() if name in line and line.endswith("; image skipped")]) == 1
-    assert "2 images could not be read and were skipped" in shown
+        assert len([line for line in shown.splitlines() if name in line]) == 1
+    assert f"{train}: " in shown and "; image skipped" in shown and "; evaluated as if nothing were found" in shown
+    assert "2 images could not be read" in shown
     assert len(list((tmp_path / "run" / "predictions").glob("*.jpg"))) == 6
     line = fails(capsys, 1, *command, tmp_path / "strict", "--strict")
     assert train in line or val in line
@@ -239,6 +240,14 @@ def test_bad_input_gets_one_sentence(run, data, tmp_path, capsys):
     assert "c.yaml: unknown option model.nam; did you mean --model.name?" in line
     line = fails(capsys, 2, "train", "--model.name", "tinny")
     assert line == "rcnn train: model.name must be one of tiny, resnet18_fpn, resnet50_fpn, vgg16, got tinny"
+    (tmp_path / "c.yaml").write_text("optim: 3\n")
+    assert "c.yaml: optim must be a group of settings, got 3" in fails(
+        capsys, 2, "train", "--config", tmp_path / "c.yaml"
+    )
+    (tmp_path / "c.yaml").write_text("")
+    assert "c.yaml: expected settings as lines of NAME: VALUE, got none" in fails(
+        capsys, 2, "train", "--config", tmp_path / "c.yaml"
+    )
     assert "epochs must be a whole number, got x" in fails(capsys, 2, "train", "--epochs", "x")
     low = fails(capsys, 1, "train", "--model.min_size", "480")
     assert "model.max_size, the longer side at most, must not be less than model.min_size (480), got 320" in low
@@ -256,9 +265,17 @@ def test_bad_input_gets_one_sentence(run, data, tmp_path, capsys):
     assert "torn.safetensors" in fails(capsys, 1, *evaluate, torn)
     assert "tset" in fails(capsys, 1, *evaluate, run, "--split", "tset")
     predict = ["predict", "--checkpoint", run, "--out", tmp_path / "out"]
+    assert "is a run of tiny, got --model.name vgg16" in fails(
+        capsys, 1, "train", "--out", run, "--resume", "--model.name", "vgg16"
+    )
+    (tmp_path / "file").write_text("")
+    assert "cannot be a run folder" in fails(capsys, 1, "train", "--data", data, "--out", tmp_path / "file" / "x")
     assert "nothing.jpg must be a picture" in fails(capsys, 1, *predict, tmp_path / "nothing.jpg")
     (tmp_path / "empty.jpg").write_bytes(b"")
     assert "empty.jpg" in fails(capsys, 1, *predict, tmp_path / "empty.jpg")
+    Image.new("RGB", (40, 40)).save(tmp_path / "mine.jpg")
+    line = fails(capsys, 1, "predict", "--checkpoint", run, tmp_path / "mine.jpg", "--out", tmp_path)
+    assert "holds the input mine.jpg, which its result might overwrite" in line
 
 
 def test_no_argument_is_needed(monkeypatch):
@@ -276,5 +293,7 @@ def test_resuming_with_other_classes_is_refused(run, tmp_path, capsys):
         file.write_text(file.read_text().replace("<name>tulip</name>", "<name>rose</name>"))
     label_map = other / "VOC2007" / "pascal_label_map.pbtxt"
     label_map.write_text(label_map.read_text().replace("tulip", "rose"))
+    settings = (run / "config.yaml").read_bytes()
     line = fails(capsys, 1, "train", "--data", other, "--out", run, "--resume", "--epochs", "3", *SMALL)
     assert "rose" in line and "tulip" in line
+    assert (run / "config.yaml").read_bytes() == settings

@@ -229,3 +229,11 @@ def test_stack_pads_to_a_multiple_of_32():
     assert stack([small], divisor=1)[0].shape == (1, 3, 20, 33)
     with pytest.raises(ValueError, match="at least one image"):
         stack([])
+
+
+@pytest.mark.parametrize(("top", "expected"), [(255, [0, 7, 255]), (4095, [0, 0, 255]), (65535, [0, 0, 255])])
+def test_grey_integers_are_as_deep_as_their_largest_value_needs(tmp_path, top, expected):
+    """7 is 7 of 255; of 4095 it is 0.44, of 65535 0.03, which round to 0."""
+    Image.fromarray(np.array([[0, 7, top]], np.uint16)).save(tmp_path / "deep.png")
+    assert read_image(tmp_path / "deep.png")[0, :, 0].tolist() == expected
+    assert to_array(Image.fromarray(np.array([[0, 7, top]], np.int32)))[0, :, 0].tolist() == expected

@@ -140,7 +140,7 @@ class Collector:
             DataError: if strict.
         """
         if self.strict:
-            raise DataError(sentence)
+            raise DataError(sentence.removesuffix("; image skipped").removesuffix("; object skipped"))
         self.problems.append(sentence)
 
     def add(

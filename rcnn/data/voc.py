@@ -75,7 +75,8 @@ class VOCDataset(DetectionDataset):
         folder = voc_root(root)
         if folder is None:
             raise DataError(
-                f"{root}: expected the folders Annotations, JPEGImages and ImageSets/Main, got none of them"
+                f"{root}: expected the folders Annotations, JPEGImages and ImageSets/Main, here or in VOC2007, "
+                f"got neither of the last two"
             )
         for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
             if not (folder / part).is_dir():

@@ -17,7 +17,7 @@ from rcnn.config import ModelConfig, given, resolve_model
 from rcnn.models.backbone import build_backbone
 from rcnn.models.roi_heads import Pool, RoIHeads
 from rcnn.models.rpn import RPN
-from rcnn.structures import Detections, Targets
+from rcnn.structures import Detections, Proposals, Targets
 
 #: What :meth:`FasterRCNN.predict` takes as one image.
 Picture = str | PathLike[str] | Image.Image | np.ndarray
@@ -130,12 +130,12 @@ class FasterRCNN(nn.Module):
             raise ValueError(f"targets must be of {images.shape[0]} images, got {targets.image_sizes.shape[0]}")
         if self.training:
             self.step += 1
-        return self._losses(self._features(images), targets)
+        return self._losses(self._features(images), targets)[0]
 
-    def _losses(self, features: list[Tensor], targets: Targets) -> dict[str, Tensor]:
+    def _losses(self, features: list[Tensor], targets: Targets) -> tuple[dict[str, Tensor], Proposals]:
         step = self.step if self.training else torch.zeros_like(self.step)
         proposals, losses = self.rpn(features, targets.image_sizes, targets, step)
-        return losses | self.roi_heads.losses(features, proposals, targets, step)
+        return losses | self.roi_heads.losses(features, proposals, targets, step), proposals
 
     @torch.no_grad()
     def validate(self, images: Tensor, targets: Targets) -> tuple[dict[str, Tensor], Detections]:
@@ -149,7 +149,11 @@ class FasterRCNN(nn.Module):
             What :meth:`forward` and :meth:`detect` give.
         """
         features = self._features(images)
-        return self._losses(features, targets), self._detections(features, targets.image_sizes)
+        losses, proposals = self._losses(features, targets)
+        rpn = self.config.rpn
+        train = rpn.pre_nms_top_n_train, rpn.post_nms_top_n_train
+        same = train == (rpn.pre_nms_top_n_test, rpn.post_nms_top_n_test)
+        return losses, self._detections(features, targets.image_sizes, proposals if same else None)
 
     @torch.no_grad()
     def detect(self, images: Tensor, image_sizes: Tensor | None = None) -> Detections:
@@ -171,10 +175,13 @@ class FasterRCNN(nn.Module):
             image_sizes = torch.tensor([images.shape[-2:]], device=images.device).expand(len(images), 2).float()
         return self._detections(features, image_sizes)
 
-    def _detections(self, features: list[Tensor], image_sizes: Tensor) -> Detections:
+    def _detections(
+        self, features: list[Tensor], image_sizes: Tensor, proposals: Proposals | None = None
+    ) -> Detections:
         if self.training:
             raise ValueError("the model must be in evaluation mode to detect: call eval() first")
-        proposals, _ = self.rpn(features, image_sizes, None, self.step)
+        if proposals is None:
+            proposals, _ = self.rpn(features, image_sizes, None, self.step)
         return self.roi_heads.detect(features, proposals, image_sizes)
 
     def predict(self, inputs: Picture | Iterable[Picture], score_threshold: float = 0.5, batch_size: int = 8) -> Any:
@@ -200,6 +207,9 @@ class FasterRCNN(nn.Module):
             raise ValueError(f"batch_size must be greater than 0, got {batch_size}")
         if isinstance(inputs, (str, PathLike, Image.Image, np.ndarray)):
             return self.predict([inputs], score_threshold, batch_size)[0]
+        if not isinstance(inputs, Iterable):
+            kinds = "a path, a PIL image, an (H, W, 3) uint8 array, or several of them"
+            raise ValueError(f"inputs must be {kinds}, got {type(inputs).__name__}")
         results: list[dict[str, Any]] = []
         waiting: list[np.ndarray] = []
         for picture in inputs:

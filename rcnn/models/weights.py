@@ -96,7 +96,8 @@ def load_published(model: nn.Module, state: dict[str, Tensor], path: str) -> Rep
         What matched and what did not.
 
     Raises:
-        ValueError: no name of the file matches the model in shape, or a tensor of the trunk has another shape.
+        ValueError: no name of the file matches the model in shape, or none of its trunk, or a tensor of the trunk has
+            another shape.
     """
     own = model.state_dict()
     taken: dict[str, Tensor] = {}
@@ -112,6 +113,12 @@ def load_published(model: nn.Module, state: dict[str, Tensor], path: str) -> Rep
     mismatched = [f"{name} ({tuple(own[name].shape)}, {tuple(taken[name].shape)})" for name in differing]
     if not matched:
         raise ValueError(f"{path} does not fit this model: the model expects {_some(own)}, the file has {_some(state)}")
+    trunk = [name for name in own if "body." in name]
+    if trunk and not set(trunk) & {*matched, *differing}:
+        raise ValueError(
+            f"{path} has no tensor of this model's trunk: the model expects {_some({n: own[n] for n in trunk})}, "
+            f"the file has {_some(state)}"
+        )
     for name in differing:
         if "body." in name:
             raise ValueError(
