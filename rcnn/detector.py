@@ -56,7 +56,7 @@ def load(path: str | PathLike[str], device: torch.device | str = "cpu") -> Faste
     """
     file = checkpoint.find(path)
     saved = checkpoint.read(file)
-    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten; the caller's generator stays where it was
+    with torch.random.fork_rng(devices=[]):  # these weights are overwritten; the caller's generator stays where it was
         model = FasterRCNN(config_from(saved.config), saved.classes)
     checkpoint.load_into(model, saved.state, file)
     return model.to(device).eval()
