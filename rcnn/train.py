@@ -32,7 +32,7 @@ PICTURES = 12
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; ``argv`` defaults to the process's own arguments."""
-    about = "Train a Faster R-CNN. Without arguments: the tiny model on generated flowers. A default of null: the model's own."
+    about = "Train a Faster R-CNN. Without arguments: the tiny model on generated flowers. Null: the recipe's."
     parser = console.Parser(PROG, about)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_class_arguments(TrainConfig)
