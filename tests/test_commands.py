@@ -65,7 +65,11 @@ def test_a_run_folder_holds_what_the_documentation_says(run):
     assert config["model"]["min_size"] == 96 and config["optim"]["lr"] == 1e-3, "unset fields come from the recipe"
     rows = list(csv.DictReader((run / "results.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert 0 <= float(rows[-1]["AP50"]) <= 1
+    parts = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")
+    for row in rows:
+        assert float(row["loss"]) == pytest.approx(sum(float(row[part]) for part in parts))
+        assert float(row["val_loss"]) == pytest.approx(sum(float(row[f"val_{part}"]) for part in parts))
+    assert float(rows[1]["loss"]) < float(rows[0]["loss"])
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"} <= set(steps[0])
     assert len(list((run / "predictions").glob("*.jpg"))) == 7, "one for each validation picture"
