@@ -126,7 +126,7 @@ def print_problems(dataset: DetectionDataset, split: str, limit: int = 20) -> No
     if dataset.problems:
         kinds = {kind: sum(p.endswith(f"; {kind}") for p in dataset.problems) for kind in _KINDS}
         counts = ", ".join(f"{n} x {kind}" for kind, n in kinds.items() if n)
-        print(f"{split}: {len(dataset.problems)} problems" + (f" ({counts})" if counts else ""))
+        print(f"{split}: problems: {len(dataset.problems)}" + (f" ({counts})" if counts else ""))
 
 
 def ap_table(title: str, voc: dict[str, Any], coco: dict[str, Any]) -> Table:

@@ -267,7 +267,7 @@ def train(
         while run.at.epoch < given(config.epochs):
             run.epoch(stopping)
     if run.unreadable:
-        tracker.message(f"{len(run.unreadable)} images could not be read")
+        tracker.message(f"images that could not be read: {len(run.unreadable)}")
 
 
 class _Run:

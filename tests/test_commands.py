@@ -121,7 +121,7 @@ def test_a_damaged_picture_is_named_counted_and_no_more(data, tmp_path, capsys):
     for name in (train, val):
         assert len([line for line in shown.splitlines() if name in line]) == 1
     assert f"{train}: " in shown and "; image skipped" in shown and "; evaluated as if nothing were found" in shown
-    assert "2 images could not be read" in shown
+    assert "images that could not be read: 2" in shown
     assert len(list((tmp_path / "run" / "predictions").glob("*.jpg"))) == 6
     line = fails(capsys, 1, *command, tmp_path / "strict", "--strict")
     assert train in line or val in line
