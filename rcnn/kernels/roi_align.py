@@ -155,7 +155,8 @@ def channels_last(x: Tensor) -> bool:
 def as_table(x: Tensor) -> Tensor:
     """``(B * H * W, C)`` rows of a map in the dtype of the arithmetic; a view where the layout allows it."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.permute(0, 2, 3, 1).to(dtype, memory_format=torch.contiguous_format).reshape(-1, x.shape[1])
+    # A map of one image can be reshaped without a copy to rows that lie apart: hence contiguous.
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).to(dtype).contiguous()
 
 
 def as_map(table: Tensor, shape: Sequence[int], dtype: torch.dtype, last: bool) -> Tensor:

@@ -1,7 +1,7 @@
 """RoI pooling: the largest map value in each bin of a region.
 
-The CPU body visits the cells of a bin one after the other, for many regions of about the same size at once, and
-remembers which cell gave each maximum. The gradient goes to that cell.
+The CPU body takes the bins of one height and width together: it gathers their cells from the channels-last map and
+lets ``max_pool2d`` find each maximum and the cell that gave it. The gradient goes to that cell.
 """
 
 import math
@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rcnn.kernels.roi_align import as_map, as_rois, as_table, channels_last, check_pool
 
-#: Output values of one slice of the regions: 256 KB of float32, so that they stay in the cache over all cells.
-SLICE = 1 << 16
+#: Map values gathered at once: 2 MB of float32, about what the caches near the cores hold.
+GATHERED = 1 << 19
 
 
 def roi_pool(
@@ -71,8 +72,8 @@ class _RoIPool(torch.autograd.Function):
 def _forward_cpu(
     input: Tensor, rois: Tensor, size: tuple[int, int], spatial_scale: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Maxima ``(R, C, oh, ow)`` and, if a gradient is needed, their cells: rows of the table ``(R * oh * ow, C)``
-    int32, -1 for none."""
+    """Maxima ``(R, C, oh, ow)`` and, if a gradient is needed, where each lies among the values of the channels-last
+    map, ``(R * oh * ow, C)`` integers; one past the last value for none."""
     batch, channels, height, width = input.shape
     if not bool(((rois[:, 0] >= 0) & (rois[:, 0] < batch)).all()):
         raise ValueError(f"boxes must name images 0..{batch - 1}, got {rois[:, 0].min()}..{rois[:, 0].max()}")
@@ -81,62 +82,44 @@ def _forward_cpu(
     top, tall = _axis(rois[:, 2], rois[:, 4], finite, spatial_scale, height, size[0])
     left, wide = _axis(rois[:, 1], rois[:, 3], finite, spatial_scale, width, size[1])
     image = rois[:, 0].long() * (height * width)
+    first = ((image[:, None] + top * width)[:, :, None] + left[:, None, :]).flatten()
 
     table = as_table(input)
-    if bool(table.sum().isnan()):
-        table = table.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-    bins = size[0] * size[1]
-    last = channels_last(input)
-    output = input.new_empty((len(rois), bins, channels) if last else (len(rois), channels, bins))
-    cells = torch.empty((len(rois), bins, channels), dtype=torch.int32, device=table.device) if needs_grad else None
     lowest = torch.finfo(input.dtype).min
-    for region in _slices(tall, wide, bins * channels):
-        rows, columns = tall[region][:, :, None], wide[region][:, None, :]
-        start = (image[region][:, None] + top[region] * width)[:, :, None] + left[region][:, None, :]
-        most_rows, most_columns = int(rows.max()), int(columns.max())
-        # Row and column of each visit; a bin with fewer of them sees its last one again, which wins nothing.
-        down = torch.arange(most_rows, device=table.device)[:, None, None, None].minimum(rows - 1) * width + start
-        right = torch.arange(most_columns, device=table.device)[:, None, None, None].minimum(columns - 1)
-        down, right = down.flatten(1), right.expand(-1, -1, size[0], -1).flatten(1)
-        empty = ((rows < 1) | (columns < 1)).flatten()[:, None]
-        if bool(empty.any()):
-            down = down.masked_fill_(empty.T, 0)
-            right = right.masked_fill(empty.T, 0)
-        best = table.new_full((len(region) * bins, channels), lowest)
-        visit = torch.zeros_like(best) if needs_grad else None
-        value, other = torch.empty_like(best), torch.empty_like(best)
-        for i in range(most_rows):
-            for j in range(most_columns):
-                torch.index_select(table, 0, down[i] + right[j], out=value)
-                if visit is None:
-                    torch.maximum(best, value, out=best)
-                    continue
-                # The last visit that raised the maximum, as its cell counted from 1 and from the bin's first, in
-                # the dtype of the values: comparing in place gives 0 or 1, several times faster than with bool.
-                torch.maximum(best, value, out=other)
-                torch.maximum(visit, value.gt_(best).mul_(i * width + j + 1), out=visit)
-                best, other = other, best
-        best = best.masked_fill_(empty, 0).view(-1, bins, channels).to(input.dtype)
-        output.index_copy_(0, region, best if last else best.transpose(1, 2))
-        if visit is not None and cells is not None:
-            cell = visit.masked_fill_(empty, 0).int()
-            # start + cell - 1 where there was a visit, -1 elsewhere.
-            found = cell.clamp(max=1).mul_(start.view(-1, 1).int()).add_(cell).sub_(1)
-            cells.index_copy_(0, region, found.view(-1, bins, channels))
-    output = output.view(len(rois), *size, channels).permute(0, 3, 1, 2) if last else output
-    return output.view(len(rois), channels, *size), cells
+    # Then every maximum is a number, and every bin with a cell has one that gives it.
+    plain = channels == 0 or bool(table.amin() > lowest)
+    if not plain:
+        table = table.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    output = table.new_empty((len(first), channels))
+    cells = None
+    if needs_grad:
+        # More than 2 ** 31 values need int64, which takes twice as long.
+        cells = torch.empty_like(output, dtype=torch.int32 if table.numel() < 2**31 else torch.int64)
+        channel = torch.arange(channels, device=table.device, dtype=cells.dtype)
+    for rows, columns, bins in _groups(tall, wide, channels):
+        if rows * columns == 0:
+            output.index_fill_(0, bins, 0)
+            if cells is not None:
+                cells.index_fill_(0, bins, table.numel())
+            continue
+        start = first[bins]
+        step = torch.arange(columns, device=table.device)
+        step = (torch.arange(0, rows * width, width, device=table.device)[:, None] + step).flatten()
+        read = table.index_select(0, (start[:, None] + step).flatten()).view(len(bins), rows, columns, channels)
+        value, place = F.max_pool2d(read.permute(0, 3, 1, 2), (rows, columns), return_indices=True)
+        value = value.view(len(bins), channels)
+        output.index_copy_(0, bins, value if plain else value.clamp(min=lowest))
+        if cells is not None:
+            found = (step * channels).to(cells.dtype).index_select(0, place.flatten()).view(len(bins), channels)
+            found.add_((start * channels).to(cells.dtype)[:, None]).add_(channel)
+            cells.index_copy_(0, bins, found if plain else found.masked_fill_(value <= lowest, table.numel()))
+    return as_map(output, (len(rois), channels, *size), input.dtype, channels_last(input)), cells
 
 
 def _backward_cpu(grad: Tensor, cells: Tensor, shape: Sequence[int], dtype: torch.dtype, last: bool) -> Tensor:
-    channels = shape[1]
-    dtype_of_sums = torch.float64 if dtype == torch.float64 else torch.float32
-    table = torch.zeros((shape[0] * shape[2] * shape[3] + 1) * channels, dtype=dtype_of_sums, device=grad.device)
-    channel = torch.arange(channels, device=grad.device)
-    for values, cell in zip(grad.split(64), cells.split(64), strict=True):
-        # The cell -1 of a bin that passes nothing on is a spare row in front of the map.
-        index = (cell.long() + 1).mul_(channels).add_(channel)
-        table.scatter_add_(0, index.view(-1), as_table(values).reshape(-1))
-    return as_map(table[channels:].view(-1, channels), shape, dtype, last)
+    values = as_table(grad)
+    table = values.new_zeros(math.prod(shape) + 1).index_add_(0, cells.view(-1), values.view(-1))
+    return as_map(table[:-1], shape, dtype, last)
 
 
 def _axis(low: Tensor, high: Tensor, finite: Tensor, scale: float, size: int, bins: int) -> tuple[Tensor, Tensor]:
@@ -155,9 +138,12 @@ def _round(x: Tensor) -> Tensor:
     return whole + torch.sign(x) * ((x - whole).abs() >= 0.5).to(x.dtype)
 
 
-def _slices(tall: Tensor, wide: Tensor, values: int) -> Iterator[Tensor]:
-    """Indices of regions with bins of about the same height and width, few enough for their output to stay cached."""
-    tallest, widest = tall.amax(dim=1), wide.amax(dim=1)
-    order = torch.argsort(tallest * 65536 + widest)
-    if len(order):
-        yield from order.split(max(1, SLICE // max(1, values)))
+def _groups(tall: Tensor, wide: Tensor, channels: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Rows, columns and indices ``(n,)`` of bins of one size, few enough for what they read to stay in the cache."""
+    rows, columns = torch.broadcast_tensors(tall[:, :, None], wide[:, None, :])
+    key, order = ((rows << 32) + columns).flatten().sort(stable=True)
+    sizes, counts = key.unique_consecutive(return_counts=True)
+    for size, bins in zip(sizes.tolist(), order.split(counts.tolist()), strict=True):
+        height, width = size >> 32, size & 0xFFFFFFFF
+        for part in bins.split(max(1, GATHERED // max(1, height * width * channels))):
+            yield height, width, part
