@@ -1,0 +1,398 @@
+"""From a ``.cu`` file to a running kernel: read, compile by NVRTC, keep, and launch on torch's stream through CuPy.
+
+The only file that imports CuPy, and only once a kernel is asked for. What it knows, so that no op has to:
+
+* CuPy checks no argument, and sends a Python float as double and an int as long long. Numbers must come as NumPy
+  scalars of the kernel's types.
+* Tensors cross by DLPack as capsules. The exchange that takes a stream would make torch wait on CuPy's current stream,
+  which must not happen while a graph is captured. bfloat16, which CuPy does not have, crosses as int16.
+* CuPy's current stream belongs to a thread, and autograd runs the backward pass in a thread of its own: every launch
+  names torch's current stream.
+* NVRTC's output is kept in a file named by a hash of the spliced source, the options and the compiler. CuPy's own
+  cache does not see a change of an included file, and CuPy adds ``-ftz=true``, which would flush small areas to zero.
+* A module must be loaded before a CUDA graph is captured: :func:`load`, which ``rcnn.kernels.warmup`` calls.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
+
+from rcnn.files import atomic_write
+
+HERE = Path(__file__).parent
+#: Names in ``scalar.cuh`` of the types that maps and head outputs are stored in.
+SCALARS = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+#: Options of every compilation. No fused multiply-add: areas, IoU and clipping have the bits of the CPU.
+OPTIONS = ("-std=c++17", "--fmad=false")
+#: Shared memory in bytes that a block gets without asking.
+SHARED_LIMIT = 48 << 10
+
+_INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
+_KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(')
+_NUMBERS = (np.int32, np.int64, np.uint64, np.float32)
+_lock = threading.Lock()
+
+
+class KernelError(RuntimeError):
+    """A kernel cannot be compiled, loaded or launched here; the message says why and what mends it."""
+
+
+class CudaSource:
+    """A ``.cu`` file of this folder with the constants that its launcher shares with it.
+
+    Launcher, compile gate and emulator all take the source from here.
+
+    Args:
+        name: of the file, without its ending.
+        dtypes: storage types; the file is compiled once for each, with ``SCALAR`` defined. Without them, once.
+        folder: where the file is; what it includes is always in this one.
+        constants: integers that reach the file as macros.
+    """
+
+    def __init__(self, name: str, *, dtypes: Sequence[torch.dtype] = (), folder: Path = HERE, **constants: int) -> None:
+        self.name, self.folder, self.constants = name, folder, constants
+        self.dtypes: tuple[torch.dtype | None, ...] = tuple(dtypes) or (None,)
+
+    def text(self) -> str:
+        """The file with its includes put in their place, under ``#line`` so that errors name the right one."""
+        path = f"{self.name}.cu"
+        text = (self.folder / path).read_text(encoding="utf-8")
+        for match in reversed(list(_INCLUDE.finditer(text))):
+            line = text.count("\n", 0, match.start()) + 2
+            header = (HERE / match[1]).read_text(encoding="utf-8")
+            spliced = f'#line 1 "{match[1]}"\n{header}\n#line {line} "{path}"'
+            text = text[: match.start()] + spliced + text[match.end() :]
+        return f'#line 1 "{path}"\n{text}'
+
+    def kernels(self) -> list[str]:
+        """Names of the kernels in the file."""
+        return _KERNEL.findall(self.text())
+
+    def defines(self, dtype: torch.dtype | None) -> tuple[str, ...]:
+        """Compiler options for the constants and the storage type."""
+        if dtype not in self.dtypes:
+            known = ", ".join(str(each).removeprefix("torch.") for each in self.dtypes)
+            raise ValueError(f"{self.name}: dtype must be one of {known} on a GPU, got {dtype}")
+        scalar = () if dtype is None else (f"-DSCALAR={SCALARS[dtype]}",)
+        return tuple(f"-D{name}={value}" for name, value in self.constants.items()) + scalar
+
+
+def uses_kernels(x: Tensor) -> bool:
+    """Whether an op on this tensor runs its CUDA body."""
+    return x.is_cuda
+
+
+def launch(
+    source: CudaSource,
+    kernel: str,
+    grid: int | tuple[int, ...],
+    block: int | tuple[int, ...],
+    args: Sequence[Tensor | np.generic | None],
+    *,
+    dtype: torch.dtype | None = None,
+    shared: int = 0,
+) -> None:
+    """Start a kernel on torch's current stream of the tensors' device, and return at once.
+
+    Args:
+        source: the file.
+        kernel: name in the file.
+        grid: blocks in x, y, z; nothing happens if one is 0.
+        block: threads in x, y, z.
+        args: dense tensors on one device, None for a null pointer, NumPy scalars of the kernel's types.
+        dtype: storage type, for a source that has several.
+        shared: dynamic shared memory, bytes.
+
+    Raises:
+        ValueError: the arguments cannot be those of a kernel; :func:`check` says which.
+        KernelError: CuPy, NVRTC, the GPU or the cache fails.
+    """
+    blocks, threads = check(source, grid, block, args)
+    if 0 in blocks:
+        return
+    device = next(x.device for x in args if isinstance(x, Tensor))
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    cupy = _cupy()
+    # Without this guard CuPy would launch on the device that is current in this thread.
+    guard = cupy.cuda.Device(index) if cupy.cuda.runtime.getDevice() != index else contextlib.nullcontext()
+    with guard:
+        function = load(source, dtype, index)[kernel]
+        if shared > SHARED_LIMIT and function.max_dynamic_shared_size_bytes < shared:
+            function.max_dynamic_shared_size_bytes = shared
+        stream = _stream(torch.cuda.current_stream(index).cuda_stream, index)
+        function(blocks, threads, tuple(_argument(x, cupy) for x in args), shared_mem=shared, stream=stream)
+
+
+def check(
+    source: CudaSource, grid: int | tuple[int, ...], block: int | tuple[int, ...], args: Sequence[Any]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Refuse what CuPy would pass on unseen; gives grid and block as tuples.
+
+    Raises:
+        ValueError: a tensor is not dense, has 2**31 elements or more, or lies on another device than the others.
+        TypeError: an argument is a Python number or anything else that a kernel does not take.
+    """
+    device = None
+    for position, x in enumerate(args):
+        if isinstance(x, Tensor):
+            if device is None:
+                device = x.device
+            elif x.device != device:
+                raise ValueError(f"{source.name}: all tensors must be on one device, got {device} and {x.device}")
+            if x.numel() >= 1 << 31:
+                raise ValueError(
+                    f"{source.name}: a tensor must have fewer than 2**31 elements on a GPU, got {tuple(x.shape)}"
+                )
+            if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
+                raise ValueError(f"{source.name}: argument {position} must be dense, got strides {x.stride()}")
+        elif x is not None and not isinstance(x, _NUMBERS):
+            raise TypeError(
+                f"{source.name}: argument {position} must be a tensor, None or a NumPy int32, int64, uint64 or "
+                f"float32, got {type(x).__name__}"
+            )
+    blocks = grid if isinstance(grid, tuple) else (grid,)
+    threads = block if isinstance(block, tuple) else (block,)
+    for limit, blocks_in in zip((2**31 - 1, 65535, 65535), blocks, strict=False):
+        if blocks_in > limit:
+            raise ValueError(f"{source.name}: a grid is limited to {limit} blocks here, got {blocks}")
+    return blocks, threads
+
+
+def _argument(x: "Tensor | np.generic | None", cupy: Any) -> Any:
+    if isinstance(x, Tensor):
+        x = x.detach()
+        return cupy.from_dlpack(to_dlpack(x.view(torch.int16) if x.dtype == torch.bfloat16 else x))
+    return np.uint64(0) if x is None else x
+
+
+class _Handle:
+    """A stream under the CUDA stream protocol, which torch's own class has only in later versions."""
+
+    def __init__(self, pointer: int) -> None:
+        self.pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
+@lru_cache(maxsize=64)
+def _stream(pointer: int, index: int) -> Any:
+    cuda = _cupy().cuda
+    if hasattr(cuda.Stream, "from_external"):
+        return cuda.Stream.from_external(_Handle(pointer))
+    return cuda.ExternalStream(pointer, index)
+
+
+@cache
+def load(source: CudaSource, dtype: torch.dtype | None, index: int) -> dict[str, Any]:
+    """Compile, or find compiled, and load all kernels of a source on a device.
+
+    Args:
+        source: the file.
+        dtype: storage type, or None.
+        index: of the CUDA device.
+
+    Returns:
+        CuPy's kernel by name.
+
+    Raises:
+        KernelError: CuPy, NVRTC, the GPU or the cache fails.
+    """
+    cupy = _cupy()
+    with _lock, cupy.cuda.Device(index):
+        arch = target(torch.cuda.get_device_capability(index), torch.cuda.get_device_name(index))
+        for attempt in ("kept", "new"):
+            path = _compiled(source, dtype, arch, anew=attempt == "new")
+            try:
+                module = cupy.RawModule(path=str(path))
+                functions = {name: module.get_function(name) for name in source.kernels()}
+                for function in functions.values():
+                    function.kernel  # noqa: B018  # loads now: it must not happen during a graph's capture
+                return functions
+            except Exception as error:  # CuPy has no common base of the driver's errors
+                failure = error
+        raise KernelError(
+            f"{source.name}.cu was compiled for {arch} but {torch.cuda.get_device_name(index)} does not load it: "
+            f"{failure}; python -m rcnn.env says whether the driver fits"
+        ) from failure
+
+
+def target(capability: tuple[int, int], name: str) -> str:
+    """What to compile for on a GPU: ``sm_90``, or ``compute_120`` for the driver to finish on a newer one.
+
+    Args:
+        capability: compute capability of the GPU.
+        name: of the GPU, for the error.
+
+    Raises:
+        KernelError: NVRTC no longer compiles for this GPU.
+    """
+    known, wanted = nvrtc_archs(), 10 * capability[0] + capability[1]
+    fits = [arch for arch in known if arch // 10 == capability[0] and arch <= wanted]
+    if fits:
+        return f"sm_{max(fits)}"  # runs on every later minor version of the same major
+    if wanted > max(known):
+        warnings.warn(
+            f"{name} (compute capability {capability[0]}.{capability[1]}) is newer than NVRTC {_version()} knows, so "
+            f"that its driver compiles from compute_{max(known)}, which takes longer: {_pip_line('a newer one')}",
+            stacklevel=2,
+        )
+        return f"compute_{max(known)}"
+    raise KernelError(
+        f"{name} (compute capability {capability[0]}.{capability[1]}) is older than NVRTC {_version()} compiles for "
+        f"(from {min(known) // 10}.{min(known) % 10} on): pip install cupy-cuda12x nvidia-cuda-nvrtc-cu12, after pip "
+        "uninstall of the CuPy that is there"
+    )
+
+
+def compile_source(
+    source: CudaSource, dtype: torch.dtype | None, arch: str, options: Sequence[str] = ()
+) -> tuple[bytes, str]:
+    """Compile a source by NVRTC; needs no GPU and no driver.
+
+    Args:
+        source: the file.
+        dtype: storage type, or None.
+        arch: ``sm_NN`` for machine code, ``compute_NN`` for PTX.
+        options: more options of the compiler.
+
+    Returns:
+        The compiled file and the compiler's log.
+
+    Raises:
+        KernelError: CuPy or NVRTC is missing, or the source does not compile.
+    """
+    nvrtc = _nvrtc()
+    program = nvrtc.createProgram(source.text(), f"{source.name}.cu", (), ())
+    try:
+        try:
+            nvrtc.compileProgram(program, (*OPTIONS, f"--gpu-architecture={arch}", *source.defines(dtype), *options))
+        except nvrtc.NVRTCError as error:
+            lines = nvrtc.getProgramLog(program).splitlines()
+            first = next((line for line in lines if "error" in line), lines[0] if lines else str(error))
+            raise KernelError(
+                f"{source.name}.cu does not compile for {arch} with NVRTC {_version()}: {first}"
+            ) from None
+        log = nvrtc.getProgramLog(program)
+        return (nvrtc.getCUBIN(program) if arch.startswith("sm_") else nvrtc.getPTX(program)), log
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: ``rcnn/kernels`` in the user's cache folder."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/AppData/Local")
+    elif sys.platform == "darwin":
+        base = os.path.expanduser("~/Library/Caches")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "rcnn" / "kernels"
+
+
+@cache
+def _memory() -> Path:
+    """A folder for this process alone, gone when it ends, where the cache folder cannot be written."""
+    folder = tempfile.TemporaryDirectory(prefix="rcnn-kernels-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+    _kept_open.append(folder)
+    return Path(folder.name)
+
+
+_kept_open: list[Any] = []
+
+
+def _compiled(source: CudaSource, dtype: torch.dtype | None, arch: str, anew: bool) -> Path:
+    """File with the compiled source, from the cache or made now."""
+    options = (*OPTIONS, arch, *source.defines(dtype), _version())
+    key = hashlib.sha256("\0".join((source.text(), *options)).encode()).hexdigest()[:32]
+    name = f"{source.name}-{key}.{'cubin' if arch.startswith('sm_') else 'ptx'}"
+    folder = cache_folder()
+    with contextlib.suppress(OSError):
+        if not anew and (folder / name).stat().st_size:
+            return folder / name
+    binary, _ = compile_source(source, dtype, arch)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / name, lambda file: file.write(binary))
+        return folder / name
+    except OSError as error:
+        _say_once(f"compiled kernels are kept for this process only, because {folder} cannot be written: {error}")
+        path = _memory() / name
+        path.write_bytes(binary)
+        return path
+
+
+@cache
+def _say_once(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=2)
+
+
+def cupy_problem() -> str | None:
+    """What keeps CuPy and NVRTC from working, as one sentence with the line that mends it, or None."""
+    try:
+        _nvrtc()
+    except KernelError as error:
+        return str(error)
+    return None
+
+
+def nvrtc_version() -> tuple[int, int]:
+    """Version of the NVRTC that CuPy loads."""
+    major, minor = _nvrtc().getVersion()
+    return int(major), int(minor)
+
+
+def nvrtc_archs() -> list[int]:
+    """Compute capabilities, times 10, that NVRTC compiles for, rising."""
+    return sorted(int(arch) for arch in _nvrtc().getSupportedArchs())
+
+
+def _version() -> str:
+    return "{}.{}".format(*nvrtc_version())
+
+
+@cache
+def _cupy() -> Any:
+    try:
+        import cupy
+    except ImportError as error:
+        cause = "is not installed" if error.name == "cupy" else f"does not load ({error})"
+        raise KernelError(f"a CUDA tensor needs CuPy, which {cause}: {_pip_line('CuPy')}") from error
+    except Exception as error:  # a broken installation can raise anything
+        raise KernelError(f"a CUDA tensor needs CuPy, which does not load ({error}): {_pip_line('CuPy')}") from error
+    return cupy
+
+
+@cache
+def _nvrtc() -> Any:
+    _cupy()
+    try:
+        from cupy.cuda import nvrtc
+
+        nvrtc.getVersion()
+    except Exception as error:  # CuPy raises RuntimeError, OSError or ImportError by version
+        raise KernelError(
+            f"kernels are compiled by NVRTC, which CuPy does not find ({error}): {_pip_line('NVRTC')}"
+        ) from error
+    return nvrtc
+
+
+def _pip_line(what: str) -> str:
+    """The line that installs CuPy and NVRTC for the CUDA of this torch."""
+    major = 13 if (torch.version.cuda or "").startswith("13") else 12
+    nvrtc = "nvidia-cuda-nvrtc" if major == 13 else "nvidia-cuda-nvrtc-cu12"
+    return f"to install {what}, pip install -U cupy-cuda{major}x {nvrtc} (python -m rcnn.env checks what fits)"

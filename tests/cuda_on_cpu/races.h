@@ -1,0 +1,178 @@
+// Data races, by the rules and not by luck: built with -fsanitize=thread, whose calls at each read and write come here.
+//
+// Each thread of a block has a vector clock over the threads of its warp, joined by the collectives of the warp, and the
+// block has a count of its barriers. Two accesses to a byte by different threads, one of them a write and not both
+// atomic, are a race unless a barrier or a collective stands between them. Between blocks of a launch nothing does.
+#pragma once
+
+namespace emulator {
+namespace races {
+
+enum Kind { READ, WRITE, ATOMIC };
+
+#if !defined(__SANITIZE_THREAD__)
+static inline void access(const void*, size_t, Kind) {}
+static inline void start_launch() {}
+static inline void start_block() {}
+static inline void block_barrier() {}
+static inline void warp_barrier(int, unsigned) {}
+#else
+
+struct Access {
+    uint64_t block = 0;  // counted from 1; 0: nobody
+    int thread = 0, barriers = 0;
+    unsigned clock = 0;
+    Kind kind = READ;
+    void* where = nullptr;
+};
+
+// The last write, the last read, and the last read by another thread than that one.
+struct Byte {
+    uintptr_t address = 0;
+    Access write, read, other;
+};
+
+static Byte* table;
+static size_t capacity, used;
+static uint64_t block_number;
+static int barriers;
+static unsigned clocks[MAX_THREADS][WARP];
+
+// Tensors of the launch, from the caller: begin and end of each. What lies elsewhere belongs to one fiber or to the
+// emulator itself.
+static const uint64_t* ranges;
+static int range_count;
+
+extern "C" char __start_cuda_shared[] __attribute__((weak, visibility("hidden")));
+extern "C" char __stop_cuda_shared[] __attribute__((weak, visibility("hidden")));
+
+RUNTIME static bool inside(uintptr_t address, const void* first, const void* last) {
+    return address >= reinterpret_cast<uintptr_t>(first) && address < reinterpret_cast<uintptr_t>(last);
+}
+
+RUNTIME static bool shared(uintptr_t address) {
+    return inside(address, __start_cuda_shared, __stop_cuda_shared) ||
+           inside(address, dynamic_memory, dynamic_memory + dynamic_size);
+}
+
+RUNTIME static bool watched(uintptr_t address) {
+    for (int i = 0; i < range_count; i++)
+        if (address >= ranges[2 * i] && address < ranges[2 * i + 1]) return true;
+    return shared(address);
+}
+
+RUNTIME static Byte* find(uintptr_t address) {
+    if (2 * used >= capacity) {
+        Byte* old = table;
+        const size_t count = capacity;
+        capacity = capacity ? 2 * capacity : 1 << 16;
+        table = static_cast<Byte*>(calloc(capacity, sizeof(Byte)));
+        if (!table) abort();
+        used = 0;
+        for (size_t i = 0; i < count; i++)
+            if (old[i].address) *find(old[i].address) = old[i];
+        free(old);
+    }
+    size_t slot = (address * 0x9e3779b97f4a7c15u) >> 20 & (capacity - 1);
+    while (table[slot].address && table[slot].address != address) slot = (slot + 1) & (capacity - 1);
+    if (!table[slot].address) {
+        table[slot].address = address;
+        used++;
+    }
+    return table + slot;
+}
+
+RUNTIME static bool ordered(const Access& before, const Access& after) {
+    if (!before.block || (before.kind == ATOMIC && after.kind == ATOMIC)) return true;
+    if (before.block != after.block) return false;
+    if (before.thread == after.thread || before.barriers != after.barriers) return true;
+    return before.thread / WARP == after.thread / WARP && clocks[after.thread][before.thread % WARP] > before.clock;
+}
+
+RUNTIME static void report(const Access& before, const Access& after, uintptr_t address) {
+    static const char* const names[] = {"reads", "writes", "updates atomically"};
+    if (error[0]) return;
+    snprintf(error, sizeof error, "a data race: thread %d of block %llu %s and thread %d of block %llu %s the byte %p "
+             "with no barrier between them", before.thread, static_cast<unsigned long long>(before.block - 1),
+             names[before.kind], after.thread, static_cast<unsigned long long>(after.block - 1), names[after.kind],
+             reinterpret_cast<void*>(address));
+}
+
+RUNTIME static void access(const void* pointer, size_t size, Kind kind) {
+    const uintptr_t first = reinterpret_cast<uintptr_t>(pointer);
+    if (!now || !watched(first)) return;
+    Access current;
+    current.block = block_number;
+    current.thread = now->number;
+    current.barriers = barriers;
+    current.clock = clocks[now->number][now->number % WARP];
+    current.kind = kind;
+    for (uintptr_t address = first; address < first + size; address++) {
+        Byte* byte = find(address);
+        if (!ordered(byte->write, current)) report(byte->write, current, address);
+        if (kind == READ) {
+            if (byte->read.thread != current.thread || byte->read.block != current.block) byte->other = byte->read;
+            byte->read = current;
+        } else {
+            if (!ordered(byte->read, current)) report(byte->read, current, address);
+            if (!ordered(byte->other, current)) report(byte->other, current, address);
+            byte->write = current;
+        }
+    }
+}
+
+RUNTIME static void start_launch() {
+    free(table);
+    table = nullptr;
+    capacity = used = 0;
+    block_number = 0;
+}
+
+// Shared memory belongs to a block: what the block before did to the same bytes does not count.
+RUNTIME static void start_block() {
+    block_number++;
+    barriers = 0;
+    memset(clocks, 0, sizeof clocks);
+    for (size_t i = 0; i < capacity; i++)
+        if (shared(table[i].address)) table[i].write = table[i].read = table[i].other = Access();
+}
+
+RUNTIME static void block_barrier() { barriers++; }
+
+RUNTIME static void warp_barrier(int first, unsigned mask) {
+    unsigned joined[WARP] = {};
+    for (int lane = 0; lane < WARP; lane++) {
+        if (!(mask >> lane & 1)) continue;
+        clocks[first + lane][lane]++;
+        for (int i = 0; i < WARP; i++) joined[i] = joined[i] > clocks[first + lane][i] ? joined[i] : clocks[first + lane][i];
+    }
+    for (int lane = 0; lane < WARP; lane++)
+        if (mask >> lane & 1) memcpy(clocks[first + lane], joined, sizeof joined);
+}
+
+#endif
+
+}  // namespace races
+}  // namespace emulator
+
+#if defined(__SANITIZE_THREAD__)
+#define RACES_HOOKS(size)                                                                                           \
+    RUNTIME void __tsan_read##size(void* p) { emulator::races::access(p, size, emulator::races::READ); }            \
+    RUNTIME void __tsan_write##size(void* p) { emulator::races::access(p, size, emulator::races::WRITE); }          \
+    RUNTIME void __tsan_unaligned_read##size(void* p) { emulator::races::access(p, size, emulator::races::READ); }  \
+    RUNTIME void __tsan_unaligned_write##size(void* p) { emulator::races::access(p, size, emulator::races::WRITE); }\
+    RUNTIME void __tsan_volatile_read##size(void* p) { emulator::races::access(p, size, emulator::races::READ); }   \
+    RUNTIME void __tsan_volatile_write##size(void* p) { emulator::races::access(p, size, emulator::races::WRITE); }
+extern "C" {
+RUNTIME void watch(const uint64_t* ranges, int count) {
+    emulator::races::ranges = ranges;
+    emulator::races::range_count = count;
+}
+RACES_HOOKS(1) RACES_HOOKS(2) RACES_HOOKS(4) RACES_HOOKS(8) RACES_HOOKS(16)
+RUNTIME void __tsan_read_range(void* p, size_t size) { emulator::races::access(p, size, emulator::races::READ); }
+RUNTIME void __tsan_write_range(void* p, size_t size) { emulator::races::access(p, size, emulator::races::WRITE); }
+RUNTIME void __tsan_func_entry(void*) {}
+RUNTIME void __tsan_func_exit() {}
+RUNTIME void __tsan_init() {}
+}
+#endif
