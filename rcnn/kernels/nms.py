@@ -3,18 +3,31 @@
 A problem is a list of boxes by falling score. The first box is kept and strikes every later box whose IoU with it
 is greater than the threshold; the next box that stands is kept, and so on. The CPU body solves a chunk of boxes by
 iterating ``keep = ~any(keep & suppresses)`` to its fixed point, which is the greedy answer because a box can only be
-struck by an earlier one, strikes the remaining boxes by the kept ones, and goes on with those that still stand.
+struck by an earlier one, strikes the remaining boxes by the kept ones, and goes on with those that still stand. The
+CUDA body does the same with the words of a warp's ballots: see ``nms.cu``.
 """
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from rcnn.kernels import _launch
 
 #: Boxes of one problem that are settled together.
 CHUNK = 128
 #: Pairs compared at once over several problems: 1 MB of float32 per temporary, which stays in the cache.
 PAIRS = 1 << 18
+#: Boxes of one problem that a block of a kernel holds in shared memory, 20 bytes for each.
+KERNEL_CHUNK = 2048
+#: Most boxes of a problem that gets one warp.
+SMALL = 128
+#: Blocks that strike the chunks of large problems together: about one for each multiprocessor of a large GPU.
+BLOCKS = 128
+THREADS = 512
+
+SOURCE = _launch.CudaSource("nms", CHUNK=KERNEL_CHUNK, GROUP=64, SMALL=SMALL, THREADS=THREADS)
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -40,6 +53,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         for an IoU that equals the threshold rounded to float32.
     """
     _check(boxes, scores, iou_threshold)
+    if _launch.uses_kernels(boxes):
+        return _nms_cuda(boxes.detach(), scores.detach(), iou_threshold)
     return _nms_cpu(boxes.detach(), scores.detach(), None, iou_threshold)
 
 
@@ -66,6 +81,8 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         raise ValueError(f"idxs must have shape ({len(boxes)},), got {tuple(idxs.shape)}")
     if idxs.is_floating_point() or idxs.is_complex():
         raise ValueError(f"idxs must have an integer dtype, got {idxs.dtype}")
+    if _launch.uses_kernels(boxes):
+        return _batched_cuda(boxes.detach(), scores.detach(), idxs, iou_threshold)
     return _nms_cpu(boxes.detach(), scores.detach(), idxs, iou_threshold)
 
 
@@ -94,7 +111,8 @@ def nms_padded(boxes: Tensor, count: Tensor, iou_threshold: float, max_output: i
     if isinstance(max_output, bool) or not isinstance(max_output, int) or max_output < 0:
         raise ValueError(f"max_output must be an integer not below 0, got {max_output!r}")
     _check_boxes(boxes, iou_threshold)
-    return _nms_padded_cpu(boxes.detach(), count, iou_threshold, max_output)
+    body = _nms_padded_cuda if _launch.uses_kernels(boxes) else _nms_padded_cpu
+    return body(boxes.detach(), count, iou_threshold, max_output)
 
 
 def _check(boxes: Tensor, scores: Tensor, iou_threshold: float) -> None:
@@ -234,3 +252,72 @@ def _solve(table: Tensor, starts: Tensor, counts: Tensor, iou_threshold: float, 
             parts.append(column[_settle(_overlaps(group, group, iou_threshold).triu_(1), alive)])
         first = last
     return torch.sort(torch.cat(parts)).values if parts else starts[:0]
+
+
+def _nms_cuda(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    order = _by_score(scores)
+    count = torch.full((1,), len(order), dtype=torch.int64, device=order.device)
+    kept, found = _nms_padded_cuda(boxes[order][None], count, iou_threshold, len(order))
+    return order[kept[0, : int(found)]]
+
+
+def _batched_cuda(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+    """Every class a range of one list that is sorted by class, then by score; short ranges get a warp each."""
+    order = _by_score(scores)
+    group, by_group = torch.sort(idxs[order].to(torch.int64), stable=True)
+    rows = len(order)
+    table = _float32(boxes[order[by_group]])
+    ranges = torch.empty((3, rows, 2), dtype=torch.int32, device=boxes.device)
+    slots = torch.zeros(3, dtype=torch.int32, device=boxes.device)
+    threads = 256
+    _launch.launch(SOURCE, "nms_ranges", -(-rows // threads), threads, (group, np.int32(rows), ranges, slots))
+    kept = torch.full_like(order, -1)
+    # A list has as many places as there could be ranges of its size.
+    for which, (least, longest) in enumerate(((1, SMALL), (SMALL + 1, KERNEL_CHUNK), (KERNEL_CHUNK + 1, rows))):
+        inputs = (table, ranges[which], slots[which])
+        _solve_cuda("nms_batched", inputs, rows // least, min(longest, rows), iou_threshold, kept)
+    return order[by_group[kept[kept >= 0]].sort().values]
+
+
+def _nms_padded_cuda(boxes: Tensor, count: Tensor, iou_threshold: float, max_output: int) -> tuple[Tensor, Tensor]:
+    problems, rows = boxes.shape[:2]
+    kept = count.new_zeros((problems, max_output))
+    if not rows or not max_output:
+        return kept, torch.zeros_like(count)
+    inputs = (_float32(boxes), count.contiguous(), np.int32(rows), np.int32(max_output))
+    return kept, _solve_cuda("nms_padded", inputs, problems, rows, iou_threshold, kept)
+
+
+def _solve_cuda(
+    kernel: str,
+    inputs: tuple[Tensor | np.int32, ...],
+    problems: int,
+    rows: int,
+    iou_threshold: float,
+    kept: Tensor,
+) -> Tensor:
+    """One launch per chunk of the longest possible problem; gives how many boxes each problem keeps."""
+    found = kept.new_empty(problems)
+    standing = arrived = None
+    if rows > KERNEL_CHUNK:
+        standing = torch.full((problems, KERNEL_CHUNK // 32), -1, dtype=torch.int32, device=kept.device)
+        arrived = torch.zeros(problems, dtype=torch.int32, device=kept.device)
+    capacity = min(rows, KERNEL_CHUNK)
+    threads = -(-capacity // SMALL) * 32
+    for first in range(0, rows, KERNEL_CHUNK):
+        numbers = (np.int32(first), np.int32(capacity), np.float32(iou_threshold))
+        slices = max(1, BLOCKS // max(1, problems)) if first else 1
+        arguments = (*inputs, *numbers, kept, found, standing, arrived)
+        _launch.launch(SOURCE, kernel, (problems, slices), threads, arguments, shared=20 * capacity)
+    return found
+
+
+def _by_score(scores: Tensor) -> Tensor:
+    """Order by falling score; a sum makes one value of 0 and -0, and one of all NaN, which a radix sort tells apart."""
+    return torch.sort(scores + 0.0, descending=True, stable=True).indices
+
+
+def _float32(boxes: Tensor) -> Tensor:
+    if boxes.dtype == torch.float64:
+        raise ValueError("boxes must be float32, bfloat16 or float16 on a GPU, got torch.float64")
+    return boxes.float().contiguous()
