@@ -7,6 +7,7 @@ from rcnn.kernels.nms import batched_nms, nms, nms_padded
 from rcnn.kernels.proposals import proposals
 from rcnn.kernels.roi_align import multiscale_roi_align, roi_align
 from rcnn.kernels.roi_pool import roi_pool
+from rcnn.kernels.warmup import warmup
 
 __all__ = [
     "anchors",
@@ -22,4 +23,5 @@ __all__ = [
     "proposals",
     "roi_align",
     "roi_pool",
+    "warmup",
 ]

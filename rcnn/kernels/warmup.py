@@ -1,0 +1,30 @@
+"""Warmup: every kernel compiled and loaded before it is needed."""
+
+import torch
+
+from rcnn.kernels import _launch
+
+#: The CUDA body of every op. A test compares this with the ``.cu`` files of the folder.
+SOURCES: tuple[_launch.CudaSource, ...] = ()
+
+
+def warmup(device: torch.device | str | int | None = None) -> None:
+    """Compile, or read from the cache, and load all kernels for all storage types.
+
+    Without it each op does so at its first call, which takes a while and must not happen while a CUDA graph is
+    captured, because a module cannot be loaded then.
+
+    Args:
+        device: a CUDA device; the current one by default.
+
+    Raises:
+        ValueError: the device is not a CUDA device.
+        rcnn.kernels._launch.KernelError: CuPy, NVRTC, the GPU or the cache fails; the message says what mends it.
+    """
+    where = torch.device("cuda" if device is None else device)
+    if where.type != "cuda":
+        raise ValueError(f"warmup is for CUDA devices, got {where}: the CPU has nothing to compile")
+    index = torch.cuda.current_device() if where.index is None else where.index
+    for source in SOURCES:
+        for dtype in source.dtypes:
+            _launch.load(source, dtype, index)

@@ -1,0 +1,289 @@
+"""The launcher against a stand-in for CuPy with the real NVRTC: what is passed on, what is refused, what is kept."""
+
+import contextlib
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cuda_on_cpu
+import numpy as np
+import pytest
+import torch
+
+from rcnn.kernels import _launch
+from rcnn.kernels._launch import CudaSource, KernelError
+
+FOLDER = Path(cuda_on_cpu.__file__).parent
+
+
+def source(**constants: int) -> CudaSource:
+    return CudaSource("faults", folder=FOLDER, **{"THREADS": 64, "FAULT": 0, **constants})
+
+
+class _Function:
+    """What CuPy's ``RawKernel`` offers."""
+
+    def __init__(self, name: str, path: str) -> None:
+        self.name, self.path, self.loaded, self.calls = name, path, False, []
+        self.max_dynamic_shared_size_bytes = 48 << 10
+
+    @property
+    def kernel(self) -> "_Function":
+        if not Path(self.path).read_bytes().startswith((b"\x7fELF", b"//")):
+            raise RuntimeError("CUDA_ERROR_INVALID_IMAGE: device kernel image is invalid")
+        self.loaded = True
+        return self
+
+    def __call__(self, grid: tuple, block: tuple, args: tuple, *, shared_mem: int, stream: Any) -> None:
+        self.calls.append((grid, block, args, shared_mem, stream))
+
+
+class _Module:
+    def __init__(self, *, path: str) -> None:
+        self.path = path
+
+    def get_function(self, name: str) -> _Function:
+        return _Function(name, self.path)
+
+
+class _Device(contextlib.nullcontext):
+    entered: list[int] = []
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index = index
+
+    def __enter__(self) -> None:
+        _Device.entered.append(self.index)
+
+
+class _Stream:
+    def __init__(self, pointer: int) -> None:
+        self.ptr = pointer
+
+    @classmethod
+    def from_external(cls, handle: Any) -> "_Stream":
+        version, pointer = handle.__cuda_stream__()
+        assert version == 0
+        return cls(pointer)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[types.SimpleNamespace]:
+    """A machine with an H100 as device 1, as far as the launcher can tell; CPU tensors lie on it."""
+    import cupy
+
+    fake = types.SimpleNamespace(
+        RawModule=_Module,
+        from_dlpack=lambda capsule: torch.utils.dlpack.from_dlpack(capsule),
+        cuda=types.SimpleNamespace(
+            Device=_Device,
+            Stream=_Stream,
+            runtime=types.SimpleNamespace(getDevice=lambda: fake.current),
+            nvrtc=cupy.cuda.nvrtc,
+        ),
+        current=0,
+        capability=(9, 0),
+    )
+    monkeypatch.setattr(_launch, "_cupy", lambda: fake)
+    monkeypatch.setattr(_launch, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: fake.capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=4000 + index))
+    for cached in (_launch.load, _launch._stream, _launch._say_once, _launch._memory):
+        cached.cache_clear()
+    _Device.entered.clear()
+    yield fake
+    for cached in (_launch.load, _launch._stream, _launch._say_once, _launch._memory):
+        cached.cache_clear()
+
+
+def test_a_launch_passes_grid_block_arguments_and_torchs_stream(gpu: types.SimpleNamespace) -> None:
+    kernels = source()
+    x, out = torch.arange(200.0), torch.zeros(200)
+    _launch.launch(kernels, "copy", (4, 1), 64, (x, out, np.int32(200)))
+    function = _launch.load(kernels, None, 1)["copy"]
+    ((grid, block, args, shared, stream),) = function.calls
+    assert (grid, block, shared, stream.ptr) == ((4, 1), (64,), 0, 4001)
+    assert args[0].data_ptr() == x.data_ptr()
+    assert args[1].data_ptr() == out.data_ptr()
+    assert args[2] == 200
+    assert type(args[2]) is np.int32
+    assert function.loaded
+    assert _Device.entered[0] == 1  # device 0 is current in this thread
+
+
+def test_tensors_cross_without_gradient_and_bfloat16_as_int16(gpu: types.SimpleNamespace) -> None:
+    kernels = source()
+    x = torch.zeros(8, requires_grad=True)
+    _launch.launch(kernels, "copy", 1, 64, (x, torch.ones(8, dtype=torch.bfloat16), None))
+    args = _launch.load(kernels, None, 1)["copy"].calls[0][2]
+    assert not args[0].requires_grad
+    assert args[1].dtype == torch.int16
+    assert args[1][0] == 0x3F80
+    assert args[2] == 0
+    assert type(args[2]) is np.uint64  # a null pointer
+
+
+def test_an_empty_grid_launches_nothing(gpu: types.SimpleNamespace) -> None:
+    kernels = source()
+    _launch.launch(kernels, "copy", (0, 5), 64, (torch.zeros(0), torch.zeros(0), np.int32(0)))
+    assert _launch.load(kernels, None, 1)["copy"].calls == []
+
+
+def test_more_than_48_kb_of_shared_memory_is_asked_for(gpu: types.SimpleNamespace) -> None:
+    kernels = source()
+    args = (torch.zeros(64), torch.zeros(64))
+    _launch.launch(kernels, "reverse", 1, 64, args, shared=48 << 10)
+    function = _launch.load(kernels, None, 1)["reverse"]
+    assert function.max_dynamic_shared_size_bytes == 48 << 10
+    _launch.launch(kernels, "reverse", 1, 64, args, shared=64 << 10)
+    assert function.max_dynamic_shared_size_bytes == 64 << 10
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ((torch.zeros(2), 1), TypeError, "argument 1 must be a tensor, None or a NumPy .*, got int"),
+        ((torch.zeros(2), 0.5), TypeError, "argument 1 .* got float"),
+        ((torch.zeros(2), np.float64(1)), TypeError, "argument 1 .* got float64"),
+        ((torch.zeros(2), True), TypeError, "argument 1 .* got bool"),
+        ((torch.zeros(4, 4).t()[1:],), ValueError, r"argument 0 must be dense, got strides \(1, 4\)"),
+        ((torch.zeros(2), torch.zeros(2, device="meta")), ValueError, "must be on one device, got cpu and meta"),
+        ((torch.zeros(1).expand(1 << 31),), ValueError, r"fewer than 2\*\*31 elements on a GPU, got \(2147483648,\)"),
+    ],
+)
+def test_what_cupy_would_pass_on_unseen_is_refused(args: tuple, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"faults: .*{message}"):
+        _launch.launch(source(), "copy", 1, 64, args)
+
+
+def test_a_grid_too_large_is_refused() -> None:
+    with pytest.raises(ValueError, match="limited to 65535 blocks here"):
+        _launch.check(source(), (1, 65536), 64, ())
+    assert _launch.check(source(), (1 << 20, 65535), 64, ()) == ((1 << 20, 65535), (64,))
+
+
+def test_an_unknown_storage_type_is_refused() -> None:
+    kernels = CudaSource("faults", folder=FOLDER, dtypes=(torch.float32, torch.bfloat16))
+    assert kernels.defines(torch.bfloat16) == ("-DSCALAR=bfloat16",)
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16 on a GPU, got torch.float64"):
+        kernels.defines(torch.float64)
+
+
+def test_includes_are_spliced_with_their_lines() -> None:
+    text = source().text()
+    assert '#include "' not in text
+    assert "struct bfloat16" in text
+    lines = text.splitlines()
+    assert lines[0] == '#line 1 "faults.cu"'
+    back = max(i for i, line in enumerate(lines) if line.startswith("#line"))
+    number = int(lines[back].split()[1])
+    original = (FOLDER / "faults.cu").read_text(encoding="utf-8").splitlines()
+    assert lines[back + 1 :] == original[number - 1 :]
+
+
+def test_compiled_kernels_are_kept_and_read_again(gpu: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    compile_source = _launch.compile_source
+    monkeypatch.setattr(_launch, "compile_source", lambda *args: compiled.append(args) or compile_source(*args))
+    _launch.load(source(), None, 1)
+    (kept,) = (_launch.cache_folder()).iterdir()
+    assert kept.name.startswith("faults-")
+    assert kept.read_bytes().startswith(b"\x7fELF")
+    _launch.load(source(), None, 1)  # an equal source of another object
+    assert len(compiled) == 1
+    _launch.load(source(THREADS=128), None, 1)
+    assert len(compiled) == 2, "other constants are another kernel"
+
+
+def test_a_damaged_file_in_the_cache_is_compiled_anew(gpu: types.SimpleNamespace) -> None:
+    _launch.load(source(), None, 1)
+    (kept,) = _launch.cache_folder().iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(b"torn")
+    assert set(_launch.load(source(), None, 1)) == {"block_sum", "copy", "split", "arg_max", "neighbour", "reverse"}
+    assert kept.read_bytes() == whole
+
+
+def test_a_kernel_that_the_driver_refuses_is_an_error(
+    gpu: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_launch, "compile_source", lambda *args: (b"nonsense", ""))
+    with pytest.raises(
+        KernelError, match=r"faults.cu was compiled for sm_90 but NVIDIA H100 does not load it: CUDA_ERROR"
+    ):
+        _launch.load(source(), None, 1)
+
+
+def test_a_cache_folder_that_cannot_be_written_is_said_once(
+    gpu: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(_launch, "cache_folder", lambda: tmp_path / "file" / "kernels")
+    with pytest.warns(
+        UserWarning, match="kept for this process only, because .*file/kernels cannot be written"
+    ) as seen:
+        _launch.launch(source(), "split", 1, 64, (torch.zeros(64, dtype=torch.int32),))
+        _launch.launch(source(THREADS=32), "split", 1, 32, (torch.zeros(64, dtype=torch.int32),))
+    assert len(seen) == 1
+
+
+def test_a_gpu_that_nvrtc_does_not_know(gpu: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_launch, "nvrtc_archs", lambda: [75, 80, 86, 90, 120])
+    assert _launch.target((8, 0), "A100") == "sm_80"
+    assert _launch.target((8, 9), "L4") == "sm_86"  # of the same major version
+    with pytest.raises(KernelError, match=r"GTX 1080 \(compute capability 6.1\) is older than NVRTC .* compiles for"):
+        _launch.target((6, 1), "GTX 1080")
+    with pytest.warns(UserWarning, match=r"Next \(compute capability 13.0\) is newer than NVRTC .* knows"):
+        assert _launch.target((13, 0), "Next") == "compute_120"
+
+
+def test_a_newer_gpu_gets_ptx(gpu: types.SimpleNamespace) -> None:
+    gpu.capability = (99, 0)
+    with pytest.warns(UserWarning, match="is newer than NVRTC"):
+        _launch.load(source(), None, 1)
+    (kept,) = _launch.cache_folder().iterdir()
+    assert kept.suffix == ".ptx"
+    assert b".entry copy" in kept.read_bytes()
+
+
+def test_a_source_that_does_not_compile_names_the_line(tmp_path: Path) -> None:
+    (tmp_path / "broken.cu").write_text(
+        '#include "box.cuh"\n\nextern "C" __global__ void f(int* x) { x[0] = wrong; }\n'
+    )
+    with pytest.raises(KernelError, match=r'broken.cu does not compile for sm_90 with NVRTC .*broken.cu\(3\).*"wrong"'):
+        _launch.compile_source(CudaSource("broken", folder=tmp_path), None, "sm_90")
+
+
+def test_without_cupy_the_error_has_the_pip_line() -> None:
+    code = (
+        "import sys; sys.modules['cupy'] = None\n"
+        "import rcnn.kernels._launch as l\n"
+        "print(l.cupy_problem())\n"
+        "import torch; print(l.uses_kernels(torch.zeros(1)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    problem, uses = done.stdout.splitlines()
+    assert problem.startswith("a CUDA tensor needs CuPy, which is not installed: ")
+    assert "pip install -U cupy-cuda1" in problem
+    assert uses == "False"
+
+
+def test_a_cupy_that_does_not_load_says_why(tmp_path: Path) -> None:
+    (tmp_path / "cupy.py").write_text("raise OSError('libcudart.so.99: cannot open shared object file')\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport rcnn.kernels._launch as l\nprint(l.cupy_problem())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "CuPy, which does not load (libcudart.so.99: cannot open shared object file)" in done.stdout
+
+
+def test_cupy_and_nvrtc_of_this_environment_work() -> None:
+    assert _launch.cupy_problem() is None
+    assert _launch.nvrtc_version() >= (12, 8)
+    assert {75, 80, 90, 120} <= set(_launch.nvrtc_archs())
