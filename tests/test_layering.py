@@ -30,6 +30,7 @@ ROOMS["viz"] = {"boxes", "structures", "images", "files"}
 ROOMS["checkpoint"] = {"config", "files"}
 ROOMS["tracking"] = {"config", "files"}
 ROOMS["distributed"] = set()
+ROOMS["machine"] = {"kernels"}
 # Builds a detector, and loads one from a checkpoint: the public ``rcnn.build`` and ``rcnn.load``.
 ROOMS["detector"] = {"models", "checkpoint"} | ROOMS["models"]
 ROOMS["engine"] = set(ROOMS)
@@ -38,6 +39,7 @@ COMMANDS = {"train", "evaluate", "predict", "env", "summary"}
 LIBRARY = set(ROOMS)
 for _command in COMMANDS:
     ROOMS[_command] = LIBRARY | {"console"}
+ROOMS["env"] |= {"__init__"}  # the version
 ROOMS["console"] = set(LIBRARY)  # what the commands share: the parser, the way an error is told
 ROOMS["cli"] = LIBRARY | COMMANDS | {"console", "__init__"}
 ROOMS["classic"] = set(LIBRARY)

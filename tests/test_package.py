@@ -67,7 +67,9 @@ def test_public_names_exist(name: str) -> None:
     assert getattr(rcnn, name) is not None
 
 
-@pytest.mark.parametrize("command", ["rcnn.cli", "rcnn.train", "rcnn.evaluate", "rcnn.predict", "rcnn.data.flowers"])
+@pytest.mark.parametrize(
+    "command", ["rcnn.cli", "rcnn.train", "rcnn.evaluate", "rcnn.predict", "rcnn.env", "rcnn.data.flowers"]
+)
 def test_commands_tell_their_options(command: str) -> None:
     result = run_python("-m", command, "--help")
     assert result.returncode == 0, result.stderr
