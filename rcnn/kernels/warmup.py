@@ -3,9 +3,10 @@
 import torch
 
 from rcnn.kernels import _launch
+from rcnn.kernels.nms import SOURCE as NMS
 
 #: The CUDA body of every op. A test compares this with the ``.cu`` files of the folder.
-SOURCES: tuple[_launch.CudaSource, ...] = ()
+SOURCES: tuple[_launch.CudaSource, ...] = (NMS,)
 
 
 def warmup(device: torch.device | str | int | None = None) -> None:
