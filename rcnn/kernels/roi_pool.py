@@ -1,7 +1,7 @@
 """RoI pooling: the largest map value in each bin of a region.
 
-The CPU body takes the bins of one height and width together: it gathers their cells from the channels-last map and
-lets ``max_pool2d`` find each maximum and the cell that gave it. The gradient goes to that cell.
+The CPU body takes bins of about the same size together: it gathers their cells from the channels-last map and lets
+``max_pool2d`` find each maximum and the cell that gave it. The gradient goes to that cell.
 """
 
 import math
@@ -15,8 +15,12 @@ from torch.autograd.function import once_differentiable
 
 from rcnn.kernels.roi_align import as_map, as_rois, as_table, channels_last, check_pool
 
+#: Output values made at once: few, so that their memory is used again and again, and enough for many bins of a size.
+POOLED = 1 << 20
 #: Map values gathered at once: 2 MB of float32, about what the caches near the cores hold.
 GATHERED = 1 << 19
+#: Map values that may be gathered twice to save a round of calls, which takes about as long.
+SPARE = 1 << 17
 
 
 def roi_pool(
@@ -82,44 +86,90 @@ def _forward_cpu(
     top, tall = _axis(rois[:, 2], rois[:, 4], finite, spatial_scale, height, size[0])
     left, wide = _axis(rois[:, 1], rois[:, 3], finite, spatial_scale, width, size[1])
     image = rois[:, 0].long() * (height * width)
-    first = ((image[:, None] + top * width)[:, :, None] + left[:, None, :]).flatten()
+    start = (image[:, None] + top * width)[:, :, None] + left[:, None, :]
 
     table = as_table(input)
     lowest = torch.finfo(input.dtype).min
     # Then every maximum is a number, and every bin with a cell has one that gives it.
-    plain = channels == 0 or bool(table.amin() > lowest)
+    plain = table.numel() == 0 or bool(table.amin() > lowest)
     if not plain:
         table = table.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-    output = table.new_empty((len(first), channels))
+    last = channels_last(input)
+    bins = size[0] * size[1]
+    # A channels-last output is these rows; a contiguous one is filled from a few of them at a time.
+    output = table.new_empty((len(rois) * bins, channels) if last else (len(rois), channels, bins))
     cells = None
     if needs_grad:
         # More than 2 ** 31 values need int64, which takes twice as long.
-        cells = torch.empty_like(output, dtype=torch.int32 if table.numel() < 2**31 else torch.int64)
-        channel = torch.arange(channels, device=table.device, dtype=cells.dtype)
-    for rows, columns, bins in _groups(tall, wide, channels):
-        if rows * columns == 0:
-            output.index_fill_(0, bins, 0)
+        dtype = torch.int32 if table.numel() < 2**31 else torch.int64
+        cells = torch.empty((len(rois) * bins, channels), dtype=dtype, device=table.device)
+    step = _regions(bins * channels)
+    for first in range(0, len(rois), step):
+        part = slice(first, min(first + step, len(rois)))
+        here = slice(part.start * bins, part.stop * bins)
+        value, cell, back = _pool(table, width, start[part], tall[part], wide[part], None if cells is None else dtype)
+        if not plain:
+            cell = None if cell is None else cell.masked_fill_(value < lowest, table.numel())
+            value.clamp_(min=lowest)
+        if last:
+            torch.index_select(value, 0, back, out=output[here])
+        else:
+            output[part] = value.index_select(0, back).view(-1, bins, channels).transpose(1, 2)
+        if cells is not None and cell is not None:
+            torch.index_select(cell, 0, back, out=cells[here])
+    if last:
+        return as_map(output, (len(rois), channels, *size), input.dtype, last), cells
+    return output.view(len(rois), channels, *size).to(input.dtype), cells
+
+
+def _pool(
+    table: Tensor, width: int, start: Tensor, tall: Tensor, wide: Tensor, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Maxima of bins and, with a ``dtype``, where they lie in the table: both ``(bins, C)``, bins by size; and the row
+    of each bin.
+
+    A bin has its first cell in row ``start (R, oh, ow)`` of the table and ``tall (R, oh)`` by ``wide (R, ow)`` cells.
+    """
+    channels = table.shape[1]
+    rows, columns = (x.flatten() for x in torch.broadcast_tensors(tall[:, :, None], wide[:, None, :]))
+    key, order = torch.where((rows > 0) & (columns > 0), (rows << 32) + columns, 0).sort(stable=True)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    start, rows, columns = start.flatten()[order], rows[order][:, None] - 1, columns[order][:, None] - 1
+    output = table.new_empty((len(order), channels))
+    cells = None if dtype is None else torch.empty_like(output, dtype=dtype)
+    channel = torch.arange(channels, device=table.device, dtype=dtype)
+    for high, across, part in _groups(key, channels):
+        if high == 0:
+            output[part] = 0
             if cells is not None:
-                cells.index_fill_(0, bins, table.numel())
+                cells[part] = table.numel()
             continue
-        start = first[bins]
-        step = torch.arange(columns, device=table.device)
-        step = (torch.arange(0, rows * width, width, device=table.device)[:, None] + step).flatten()
-        read = table.index_select(0, (start[:, None] + step).flatten()).view(len(bins), rows, columns, channels)
-        value, place = F.max_pool2d(read.permute(0, 3, 1, 2), (rows, columns), return_indices=True)
-        value = value.view(len(bins), channels)
-        output.index_copy_(0, bins, value if plain else value.clamp(min=lowest))
+        # Row and column of each cell of the window; a smaller bin sees its last ones again, which wins nothing.
+        row, column = torch.arange(high, device=table.device), torch.arange(across, device=table.device)
+        read = (start[part, None] + row.minimum(rows[part]) * width)[:, :, None]
+        read = (read + column.minimum(columns[part])[:, None]).flatten()
+        read = table.index_select(0, read).view(-1, high, across, channels).permute(0, 3, 1, 2)
+        value, place = F.max_pool2d(read, (high, across), return_indices=True)
+        output[part] = value.view(-1, channels)
         if cells is not None:
-            found = (step * channels).to(cells.dtype).index_select(0, place.flatten()).view(len(bins), channels)
-            found.add_((start * channels).to(cells.dtype)[:, None]).add_(channel)
-            cells.index_copy_(0, bins, found if plain else found.masked_fill_(value <= lowest, table.numel()))
-    return as_map(output, (len(rois), channels, *size), input.dtype, channels_last(input)), cells
+            step = (((row * width)[:, None] + column) * channels).flatten().to(dtype)
+            found = step.index_select(0, place.flatten()).view(-1, channels)
+            torch.add(found.add_((start[part] * channels).to(dtype)[:, None]), channel, out=cells[part])
+    return output, cells, back
 
 
 def _backward_cpu(grad: Tensor, cells: Tensor, shape: Sequence[int], dtype: torch.dtype, last: bool) -> Tensor:
-    values = as_table(grad)
-    table = values.new_zeros(math.prod(shape) + 1).index_add_(0, cells.view(-1), values.view(-1))
-    return as_map(table[:-1], shape, dtype, last)
+    dtype_of_sums = torch.float64 if dtype == torch.float64 else torch.float32
+    table = torch.zeros(math.prod(shape) + 1, dtype=dtype_of_sums, device=grad.device)
+    step = _regions(math.prod(grad.shape[1:]))
+    for values, cell in zip(grad.split(step), cells.split(step * math.prod(grad.shape[2:])), strict=True):
+        table.index_add_(0, cell.view(-1), as_table(values).view(-1))
+    return as_map(table[:-1].view(-1, shape[1]), shape, dtype, last)
+
+
+def _regions(values: int) -> int:
+    """Regions of so many output values that are worked on at once."""
+    return max(1, POOLED // max(1, values))
 
 
 def _axis(low: Tensor, high: Tensor, finite: Tensor, scale: float, size: int, bins: int) -> tuple[Tensor, Tensor]:
@@ -138,12 +188,21 @@ def _round(x: Tensor) -> Tensor:
     return whole + torch.sign(x) * ((x - whole).abs() >= 0.5).to(x.dtype)
 
 
-def _groups(tall: Tensor, wide: Tensor, channels: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Rows, columns and indices ``(n,)`` of bins of one size, few enough for what they read to stay in the cache."""
-    rows, columns = torch.broadcast_tensors(tall[:, :, None], wide[:, None, :])
-    key, order = ((rows << 32) + columns).flatten().sort(stable=True)
+def _groups(key: Tensor, channels: int) -> Iterator[tuple[int, int, slice]]:
+    """Windows and the bins that fit them, few enough for what they read to stay in the cache.
+
+    ``key (n,)`` int64, rising, holds the rows of a bin in its upper half and its columns in the lower.
+    """
     sizes, counts = key.unique_consecutive(return_counts=True)
-    for size, bins in zip(sizes.tolist(), order.split(counts.tolist()), strict=True):
-        height, width = size >> 32, size & 0xFFFFFFFF
-        for part in bins.split(max(1, GATHERED // max(1, height * width * channels))):
-            yield height, width, part
+    high = across = cells = first = last = 0
+    for size, count in zip([*sizes.tolist(), 0], [*counts.tolist(), 0], strict=True):
+        rows, columns = size >> 32, size & 0xFFFFFFFF
+        fits = max(high, rows), max(across, columns), cells + rows * columns * count
+        # Bins without cells come first and stay apart.
+        if not count or high == 0 or (fits[0] * fits[1] * (last + count - first) - fits[2]) * channels > SPARE:
+            step = max(1, GATHERED // max(1, high * across * channels))
+            for begin in range(first, last, step):
+                yield high, across, slice(begin, min(begin + step, last))
+            first, fits = last, (rows, columns, rows * columns * count)
+        high, across, cells = fits
+        last += count
