@@ -148,6 +148,15 @@ def _nvrtc_is_missing(facts: Facts) -> Problem | None:
     return Problem("no-nvrtc", sentence, f"pip install {_NVRTC.get(major or 0, _NVRTC[_best_cuda(facts)])}")
 
 
+def _nvrtc_is_newer_than_the_driver(facts: Facts) -> Problem | None:
+    if not facts.gpus or not facts.nvrtc or _cupy_does_not_fit_the_driver(facts):
+        return None
+    if not min(_NVRTC) <= facts.driver_major < facts.nvrtc[0]:
+        return None
+    sentence = f"NVRTC {dotted(facts.nvrtc)} compiles for drivers from {_DRIVERS[13]} on; {_driver(facts)}"
+    return Problem("nvrtc-newer-than-driver", sentence, _install(facts, 12))
+
+
 def _nvrtc_does_not_know_the_gpu(facts: Facts) -> Problem | None:
     gpu = _unknown_to_nvrtc(facts, newer=False)
     if gpu is None or facts.nvrtc is None:
@@ -164,8 +173,6 @@ def _cache_cannot_be_written(facts: Facts) -> Problem | None:
         return None
     sentence = f"{facts.cache}, where compiled kernels are kept, cannot be written: {facts.cache_problem}"
     mend = "make it writable or make room on its disk; until then every process compiles its kernels anew"
-    if sys.platform.startswith("linux"):
-        mend += ". Another place: export XDG_CACHE_HOME=FOLDER"
     return Problem("cache-not-writable", sentence, mend)
 
 
@@ -181,6 +188,7 @@ _CHECKS: tuple[Callable[[Facts], Problem | None], ...] = (
     _cupy_does_not_fit_the_driver,
     _cupy_does_not_load,
     _nvrtc_is_missing,
+    _nvrtc_is_newer_than_the_driver,
     _nvrtc_does_not_know_the_gpu,
     _cache_cannot_be_written,
 )
@@ -204,10 +212,15 @@ def _best_cuda(facts: Facts) -> int:
 
 
 def _install(facts: Facts, major: int | None = None) -> str:
-    """The line that leaves one CuPy and its NVRTC, whatever CuPy is there now."""
+    """The line that leaves one CuPy for this CUDA, and its NVRTC, whatever there is now."""
     major = major or _best_cuda(facts)
-    remove = f"pip uninstall -y {' '.join(facts.cupy)} && " if facts.cupy else ""
-    return f"{remove}pip install cupy-cuda{major}x {_NVRTC[major]}"
+    wheel = f"cupy-cuda{major}x"
+    good = facts.cupy_loads and list(facts.cupy) == [wheel]
+    remove = [] if good else list(facts.cupy)
+    if facts.nvrtc and facts.nvrtc[0] > major:
+        remove.append(_NVRTC[13])  # of several, CuPy loads the newest: torch for CUDA 13 brings one
+    line = f"pip install {_NVRTC[major]}" if good else f"pip install {wheel} {_NVRTC[major]}"
+    return f"pip uninstall -y {' '.join(remove)} && {line}" if remove else line
 
 
 def _install_torch(facts: Facts) -> str:

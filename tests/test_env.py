@@ -67,6 +67,7 @@ TORCH = "pip install --force-reinstall torch --index-url https://download.pytorc
         WELL_13,
         WELL_12,
         replace(WELL_13, cupy=WELL_12.cupy, nvrtc=(12, 9), nvrtc_archs=NVRTC_12_9),  # the majors may differ
+        replace(WELL_13, cupy=WELL_12.cupy),  # with the NVRTC that torch for CUDA 13 brings
         replace(WELL_13, cupy={"cupy": "14.2.0"}),  # conda's, or one built from source
         replace(WELL_13, cupy={}),  # one that was built and never installed, on PYTHONPATH
         replace(WELL_12, gpus=(PASCAL, HOPPER)),
@@ -101,195 +102,216 @@ def test_hidden_gpus_are_told_and_are_no_problem():
     assert env.notes(replace(facts, gpus=(HOPPER,))) == []
 
 
-@pytest.mark.parametrize(
-    ("facts", "name", "sentence", "mend"),
-    [
-        # The driver.
-        (
-            replace(WELL_12, driver="470.82.01", driver_cuda=(11, 4), torch_gpu=False),
-            "old-driver",
-            "the NVIDIA driver 470.82.01 runs CUDA up to 11.4, and the kernels need CUDA 12",
-            "install an NVIDIA driver from 525 on: https://www.nvidia.com/drivers",
+#: Facts, and the one thing that is wrong with them: its name, its sentence, what mends it.
+CASES = [
+    # The driver.
+    (
+        replace(WELL_12, driver="470.82.01", driver_cuda=(11, 4), torch_gpu=False),
+        "old-driver",
+        "the NVIDIA driver 470.82.01 runs CUDA up to 11.4, and the kernels need CUDA 12",
+        "install an NVIDIA driver from 525 on: https://www.nvidia.com/drivers",
+    ),
+    (
+        replace(WELL_13, gpus=(), driver_cuda=None, driver_problem="libcuda.so.1: no such file", torch_gpu=False),
+        "gpu-out-of-reach",
+        "this process cannot use the GPU of this machine: libcuda.so.1: no such file",
+        env._REACH,
+    ),
+    (
+        replace(WELL_13, gpus=(), gpus_listed=0, driver_problem="its driver fails in cuInit with X (999)"),
+        "gpu-out-of-reach",
+        "this process cannot use the GPU of this machine: its driver fails in cuInit with X (999)",
+        env._REACH,
+    ),
+    (
+        replace(WELL_13, gpus=(), torch_gpu=False),
+        "gpu-out-of-reach",
+        "this process cannot use the GPU of this machine: its driver gives it none",
+        env._REACH,
+    ),
+    # torch.
+    (
+        replace(WELL_13, torch="2.13.0+cpu", torch_cuda=None, torch_gpu=False, torch_archs=()),
+        "torch-without-cuda",
+        "torch 2.13.0+cpu is built without CUDA, so it cannot use the NVIDIA H200",
+        TORCH + "cu130",
+    ),
+    (
+        replace(WELL_12, torch="2.13.0+cpu", torch_cuda=None, torch_gpu=False, torch_archs=()),
+        "torch-without-cuda",
+        "torch 2.13.0+cpu is built without CUDA, so it cannot use the NVIDIA H200",
+        TORCH + "cu126",
+    ),
+    (
+        replace(WELL_12, torch="2.13.0+cu130", torch_cuda="13.0", torch_gpu=False, torch_archs=()),
+        "torch-newer-than-driver",
+        "torch 2.13.0+cu130 is built for CUDA 13.0, but the NVIDIA driver 535.104.05 runs CUDA up to 12.2",
+        TORCH + "cu126",
+    ),
+    (
+        replace(WELL_13, torch_gpu=False, torch_archs=(), torch_problem="CUDA unknown error"),
+        "torch-finds-no-gpu",
+        "torch 2.13.0+cu130 cannot use the NVIDIA H200: CUDA unknown error",
+        env._REACH,
+    ),
+    (
+        replace(WELL_12, gpus=(BLACKWELL,)),
+        "torch-without-gpu-code",
+        "torch 2.13.0+cu126 has no code for NVIDIA GeForce RTX 5090 (compute capability 12.0)",
+        TORCH + "cu128",
+    ),
+    (
+        replace(WELL_13, gpus=(PASCAL,), cupy=WELL_12.cupy, nvrtc=(12, 9), nvrtc_archs=NVRTC_12_9),
+        "torch-without-gpu-code",
+        "torch 2.13.0+cu130 has no code for NVIDIA GeForce GTX 1080 (compute capability 6.1)",
+        TORCH + "cu126",
+    ),
+    # CuPy.
+    (
+        replace(WELL_13, cupy={}, cupy_loads=False, nvrtc=None, nvrtc_archs=(), cupy_problem="No module named"),
+        "no-cupy",
+        "CuPy, through which the kernels are compiled and launched, is not installed",
+        CUPY_13,
+    ),
+    (
+        replace(WELL_12, cupy={}, cupy_loads=False, nvrtc=None, nvrtc_archs=()),
+        "no-cupy",
+        "CuPy, through which the kernels are compiled and launched, is not installed",
+        CUPY_12,
+    ),
+    (
+        replace(WELL_12, driver_cuda=(13, 0), cupy={}, cupy_loads=False, nvrtc=None, nvrtc_archs=()),
+        "no-cupy",
+        "CuPy, through which the kernels are compiled and launched, is not installed",
+        CUPY_12,  # beside a torch for CUDA 12
+    ),
+    (
+        replace(WELL_13, cupy={"cupy-cuda12x": "14.1.0", "cupy-cuda13x": "14.2.0"}),
+        "two-cupy",
+        "2 distributions of CuPy are installed and overwrite each other's files: "
+        "cupy-cuda12x 14.1.0 and cupy-cuda13x 14.2.0",
+        f"pip uninstall -y cupy-cuda12x cupy-cuda13x && {CUPY_13}",
+    ),
+    (
+        # What follows from it is not told as well.
+        replace(CPU, cupy={"cupy": "13.6.0", "cupy-cuda12x": "14.2.0"}, cupy_problem="undefined symbol"),
+        "two-cupy",
+        "2 distributions of CuPy are installed and overwrite each other's files: cupy 13.6.0 and cupy-cuda12x 14.2.0",
+        f"pip uninstall -y cupy cupy-cuda12x && {CUPY_12}",
+    ),
+    (
+        replace(WELL_12, cupy=WELL_13.cupy, nvrtc=(13, 0), nvrtc_archs=NVRTC_13_0),
+        "cupy-does-not-fit",
+        "cupy-cuda13x 14.2.0 is made for CUDA 13, which takes a driver from 580 on; "
+        "the NVIDIA driver 535.104.05 runs CUDA up to 12.2",
+        f"pip uninstall -y cupy-cuda13x nvidia-cuda-nvrtc && {CUPY_12}",
+    ),
+    (
+        replace(WELL_13, cupy={"cupy-cuda112": "10.6.0"}),
+        "cupy-does-not-fit",
+        "cupy-cuda112 10.6.0 is not made for CUDA 12 or 13, which the kernels are for",
+        f"pip uninstall -y cupy-cuda112 && {CUPY_13}",
+    ),
+    (
+        replace(WELL_12, cupy={"cupy-rocm-7-1": "14.2.0"}),
+        "cupy-does-not-fit",
+        "cupy-rocm-7-1 14.2.0 is not made for CUDA 12 or 13, which the kernels are for",
+        f"pip uninstall -y cupy-rocm-7-1 && {CUPY_12}",
+    ),
+    (
+        replace(WELL_12, cupy_loads=False, nvrtc=None, nvrtc_archs=(), cupy_problem="undefined symbol: X"),
+        "cupy-does-not-load",
+        "cupy-cuda12x 14.2.0 cannot be imported: undefined symbol: X",
+        f"pip uninstall -y cupy-cuda12x && {CUPY_12}",
+    ),
+    # NVRTC.
+    (
+        replace(WELL_12, nvrtc=None, nvrtc_archs=(), nvrtc_problem="No such file: libnvrtc.so.12"),
+        "no-nvrtc",
+        "NVRTC, which compiles the kernels, cannot be loaded: No such file: libnvrtc.so.12",
+        "pip install nvidia-cuda-nvrtc-cu12",
+    ),
+    (
+        replace(WELL_13, nvrtc=None, nvrtc_archs=(), nvrtc_problem="none"),
+        "no-nvrtc",
+        "NVRTC, which compiles the kernels, cannot be loaded: none",
+        "pip install nvidia-cuda-nvrtc",
+    ),
+    (
+        # CuPy's own CUDA decides, not torch's; without a GPU as well, since what is installed does not work.
+        replace(CPU, torch_cuda="13.0", cupy=WELL_12.cupy, cupy_loads=True, nvrtc_problem="none"),
+        "no-nvrtc",
+        "NVRTC, which compiles the kernels, cannot be loaded: none",
+        "pip install nvidia-cuda-nvrtc-cu12",
+    ),
+    (
+        replace(WELL_13, cupy={"cupy": "14.2.0"}, nvrtc=None, nvrtc_archs=(), nvrtc_problem="none"),
+        "no-nvrtc",
+        "NVRTC, which compiles the kernels, cannot be loaded: none",
+        "pip install nvidia-cuda-nvrtc",
+    ),
+    (
+        # An NVRTC for CUDA 13 beside CuPy for CUDA 12, which loads the newest.
+        replace(WELL_12, nvrtc=(13, 0), nvrtc_archs=NVRTC_13_0),
+        "nvrtc-newer-than-driver",
+        "NVRTC 13.0 compiles for drivers from 580 on; the NVIDIA driver 535.104.05 runs CUDA up to 12.2",
+        "pip uninstall -y nvidia-cuda-nvrtc && pip install nvidia-cuda-nvrtc-cu12",
+    ),
+    (
+        replace(WELL_12, driver_cuda=(13, 0), gpus=(PASCAL,), nvrtc=(13, 0), nvrtc_archs=NVRTC_13_0),
+        "gpu-unknown-to-nvrtc",
+        "NVRTC 13.0 compiles for compute capabilities 7.5 to 12.1, but not for the "
+        "NVIDIA GeForce GTX 1080 (compute capability 6.1)",
+        "pip uninstall -y nvidia-cuda-nvrtc && pip install nvidia-cuda-nvrtc-cu12",
+    ),
+    (
+        replace(WELL_12, driver_cuda=(13, 0), gpus=(PASCAL,), cupy=WELL_13.cupy, nvrtc_archs=NVRTC_13_0, nvrtc=(13, 0)),
+        "gpu-unknown-to-nvrtc",
+        "NVRTC 13.0 compiles for compute capabilities 7.5 to 12.1, but not for the "
+        "NVIDIA GeForce GTX 1080 (compute capability 6.1)",
+        f"pip uninstall -y cupy-cuda13x nvidia-cuda-nvrtc && {CUPY_12}",
+    ),
+    (
+        replace(
+            WELL_13, gpus=(THOR,), torch_archs=("sm_110",), cupy=WELL_12.cupy, nvrtc_archs=NVRTC_12_9, nvrtc=(12, 9)
         ),
+        "gpu-unknown-to-nvrtc",
+        "NVRTC 12.9 compiles for compute capabilities 5.0 to 12.1, but not for the "
+        "NVIDIA Thor (compute capability 11.0)",
+        f"pip uninstall -y cupy-cuda12x && {CUPY_13}",
+    ),
+    (
+        replace(WELL_12, gpus=(GPU("Tesla K80", (3, 7), 11 << 30),), torch_archs=("sm_37",)),
+        "gpu-unknown-to-nvrtc",
+        "NVRTC 12.9 compiles for compute capabilities 5.0 to 12.1, but not for the Tesla K80 (compute capability 3.7)",
+        "no NVRTC does; use --device cpu",
+    ),
+    # The cache.
+    *(
         (
-            replace(WELL_13, gpus=(), driver_cuda=None, driver_problem="libcuda.so.1: cannot open it", torch_gpu=False),
-            "gpu-out-of-reach",
-            "this process cannot use the GPU of this machine: libcuda.so.1: cannot open it",
-            env._REACH,
-        ),
-        (
-            replace(WELL_13, gpus=(), gpus_listed=0, driver_problem="its driver fails in cuInit with X (999)"),
-            "gpu-out-of-reach",
-            "this process cannot use the GPU of this machine: its driver fails in cuInit with X (999)",
-            env._REACH,
-        ),
-        (
-            replace(WELL_13, gpus=(), torch_gpu=False),
-            "gpu-out-of-reach",
-            "this process cannot use the GPU of this machine: its driver gives it none",
-            env._REACH,
-        ),
-        # torch.
-        (
-            replace(WELL_13, torch="2.13.0+cpu", torch_cuda=None, torch_gpu=False, torch_archs=()),
-            "torch-without-cuda",
-            "torch 2.13.0+cpu is built without CUDA, so it cannot use the NVIDIA H200",
-            TORCH + "cu130",
-        ),
-        (
-            replace(WELL_12, torch="2.13.0+cpu", torch_cuda=None, torch_gpu=False, torch_archs=()),
-            "torch-without-cuda",
-            "torch 2.13.0+cpu is built without CUDA, so it cannot use the NVIDIA H200",
-            TORCH + "cu126",
-        ),
-        (
-            replace(WELL_12, torch="2.13.0+cu130", torch_cuda="13.0", torch_gpu=False, torch_archs=()),
-            "torch-newer-than-driver",
-            "torch 2.13.0+cu130 is built for CUDA 13.0, but the NVIDIA driver 535.104.05 runs CUDA up to 12.2",
-            TORCH + "cu126",
-        ),
-        (
-            replace(WELL_13, torch_gpu=False, torch_archs=(), torch_problem="CUDA unknown error"),
-            "torch-finds-no-gpu",
-            "torch 2.13.0+cu130 cannot use the NVIDIA H200: CUDA unknown error",
-            env._REACH,
-        ),
-        (
-            replace(WELL_12, gpus=(BLACKWELL,)),
-            "torch-without-gpu-code",
-            "torch 2.13.0+cu126 has no code for NVIDIA GeForce RTX 5090 (compute capability 12.0)",
-            TORCH + "cu128",
-        ),
-        (
-            replace(WELL_13, gpus=(PASCAL,), cupy=WELL_12.cupy, nvrtc=(12, 9), nvrtc_archs=NVRTC_12_9),
-            "torch-without-gpu-code",
-            "torch 2.13.0+cu130 has no code for NVIDIA GeForce GTX 1080 (compute capability 6.1)",
-            TORCH + "cu126",
-        ),
-        # CuPy.
-        (
-            replace(WELL_13, cupy={}, cupy_loads=False, nvrtc=None, nvrtc_archs=(), cupy_problem="No module named"),
-            "no-cupy",
-            "CuPy, through which the kernels are compiled and launched, is not installed",
-            CUPY_13,
-        ),
-        (
-            replace(WELL_12, cupy={}, cupy_loads=False, nvrtc=None, nvrtc_archs=()),
-            "no-cupy",
-            "CuPy, through which the kernels are compiled and launched, is not installed",
-            CUPY_12,
-        ),
-        (
-            replace(WELL_12, driver_cuda=(13, 0), cupy={}, cupy_loads=False, nvrtc=None, nvrtc_archs=()),
-            "no-cupy",
-            "CuPy, through which the kernels are compiled and launched, is not installed",
-            CUPY_12,  # beside a torch for CUDA 12
-        ),
-        (
-            replace(WELL_13, cupy={"cupy-cuda12x": "14.1.0", "cupy-cuda13x": "14.2.0"}),
-            "two-cupy",
-            "2 distributions of CuPy are installed and overwrite each other's files: "
-            "cupy-cuda12x 14.1.0 and cupy-cuda13x 14.2.0",
-            f"pip uninstall -y cupy-cuda12x cupy-cuda13x && {CUPY_13}",
-        ),
-        (
-            # What follows from it is not told as well.
-            replace(CPU, cupy={"cupy": "13.6.0", "cupy-cuda12x": "14.2.0"}, cupy_problem="undefined symbol"),
-            "two-cupy",
-            "2 distributions of CuPy are installed and overwrite each other's files: "
-            "cupy 13.6.0 and cupy-cuda12x 14.2.0",
-            f"pip uninstall -y cupy cupy-cuda12x && {CUPY_12}",
-        ),
-        (
-            replace(WELL_12, cupy=WELL_13.cupy, nvrtc=(13, 0), nvrtc_archs=NVRTC_13_0),
-            "cupy-does-not-fit",
-            "cupy-cuda13x 14.2.0 is made for CUDA 13, which takes a driver from 580 on; "
-            "the NVIDIA driver 535.104.05 runs CUDA up to 12.2",
-            f"pip uninstall -y cupy-cuda13x && {CUPY_12}",
-        ),
-        (
-            replace(WELL_13, cupy={"cupy-cuda112": "10.6.0"}),
-            "cupy-does-not-fit",
-            "cupy-cuda112 10.6.0 is not made for CUDA 12 or 13, which the kernels are for",
-            f"pip uninstall -y cupy-cuda112 && {CUPY_13}",
-        ),
-        (
-            replace(WELL_12, cupy={"cupy-rocm-7-1": "14.2.0"}),
-            "cupy-does-not-fit",
-            "cupy-rocm-7-1 14.2.0 is not made for CUDA 12 or 13, which the kernels are for",
-            f"pip uninstall -y cupy-rocm-7-1 && {CUPY_12}",
-        ),
-        (
-            replace(WELL_12, cupy_loads=False, nvrtc=None, nvrtc_archs=(), cupy_problem="ImportError: numpy"),
-            "cupy-does-not-load",
-            "cupy-cuda12x 14.2.0 cannot be imported: ImportError: numpy",
-            f"pip uninstall -y cupy-cuda12x && {CUPY_12}",
-        ),
-        # NVRTC.
-        (
-            replace(WELL_12, nvrtc=None, nvrtc_archs=(), nvrtc_problem='no "libnvrtc.so.12"'),
-            "no-nvrtc",
-            'NVRTC, which compiles the kernels, cannot be loaded: no "libnvrtc.so.12"',
-            "pip install nvidia-cuda-nvrtc-cu12",
-        ),
-        (
-            replace(WELL_13, nvrtc=None, nvrtc_archs=(), nvrtc_problem="none"),
-            "no-nvrtc",
-            "NVRTC, which compiles the kernels, cannot be loaded: none",
-            "pip install nvidia-cuda-nvrtc",
-        ),
-        (
-            # CuPy's own CUDA decides, not torch's; without a GPU as well, since what is installed does not work.
-            replace(CPU, torch_cuda="13.0", cupy=WELL_12.cupy, cupy_loads=True, nvrtc_problem="none"),
-            "no-nvrtc",
-            "NVRTC, which compiles the kernels, cannot be loaded: none",
-            "pip install nvidia-cuda-nvrtc-cu12",
-        ),
-        (
-            replace(WELL_13, cupy={"cupy": "14.2.0"}, nvrtc=None, nvrtc_archs=(), nvrtc_problem="none"),
-            "no-nvrtc",
-            "NVRTC, which compiles the kernels, cannot be loaded: none",
-            "pip install nvidia-cuda-nvrtc",
-        ),
-        (
-            replace(
-                WELL_12, driver_cuda=(13, 0), gpus=(PASCAL,), cupy=WELL_13.cupy, nvrtc_archs=NVRTC_13_0, nvrtc=(13, 0)
-            ),
-            "gpu-unknown-to-nvrtc",
-            "NVRTC 13.0 compiles for compute capabilities 7.5 to 12.1, but not for the "
-            "NVIDIA GeForce GTX 1080 (compute capability 6.1)",
-            f"pip uninstall -y cupy-cuda13x && {CUPY_12}",
-        ),
-        (
-            replace(
-                WELL_13, gpus=(THOR,), torch_archs=("sm_110",), cupy=WELL_12.cupy, nvrtc_archs=NVRTC_12_9, nvrtc=(12, 9)
-            ),
-            "gpu-unknown-to-nvrtc",
-            "NVRTC 12.9 compiles for compute capabilities 5.0 to 12.1, but not for the "
-            "NVIDIA Thor (compute capability 11.0)",
-            f"pip uninstall -y cupy-cuda12x && {CUPY_13}",
-        ),
-        (
-            replace(WELL_12, gpus=(GPU("Tesla K80", (3, 7), 11 << 30),), torch_archs=("sm_37",)),
-            "gpu-unknown-to-nvrtc",
-            "NVRTC 12.9 compiles for compute capabilities 5.0 to 12.1, but not for the "
-            "Tesla K80 (compute capability 3.7)",
-            "no NVRTC does; use --device cpu",
-        ),
-    ],
-)
+            replace(facts, cache="/home/me/.cache/rcnn/kernels", cache_problem="Read-only file system: /home/me"),
+            "cache-not-writable",
+            "/home/me/.cache/rcnn/kernels, where compiled kernels are kept, cannot be written: "
+            "Read-only file system: /home/me",
+            "make it writable or make room on its disk; until then every process compiles its kernels anew",
+        )
+        for facts in (WELL_12, replace(CPU, cupy=WELL_12.cupy, cupy_loads=True, nvrtc=(12, 9)))
+    ),
+]
+
+
+@pytest.mark.parametrize(("facts", "name", "sentence", "mend"), CASES)
 def test_each_problem_is_found_alone_with_the_line_that_mends_it(facts, name, sentence, mend):
     assert env.problems(facts) == [env.Problem(name, sentence, mend)]
 
 
-@pytest.mark.parametrize("facts", [WELL_13, WELL_12, replace(CPU, cupy=WELL_12.cupy, cupy_loads=True, nvrtc=(12, 9))])
-def test_a_cache_that_cannot_be_written_is_found(facts):
-    (problem,) = env.problems(replace(facts, cache="/x/kernels", cache_problem="Read-only file system: /x"))
-    assert problem.name == "cache-not-writable"
-    assert problem.sentence == (
-        "/x/kernels, where compiled kernels are kept, cannot be written: Read-only file system: /x"
-    )
-    assert "writable" in problem.mend and "room" in problem.mend
+def test_the_documentation_has_a_section_for_each_problem():
+    """Under the problem's name, with its two lines as the command prints them."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^\(([\w-]+)\)=\n### .+\n\n```text\nwrong: (.+)\n  mend: (.+)\n```$", text, re.MULTILINE)
+    assert sorted(name for name, _, _ in sections) == sorted({name for _, name, _, _ in CASES})
+    assert len({name for _, name, _, _ in CASES}) == len(env._CHECKS)
+    assert [section for section in sections if section not in [case[1:] for case in CASES]] == []
 
 
 def test_problems_that_do_not_follow_from_each_other_are_all_told():
