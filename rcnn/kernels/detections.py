@@ -2,15 +2,21 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rcnn import boxes as box
+from rcnn.kernels import _launch
 from rcnn.kernels.nms import nms_padded
+from rcnn.kernels.sorting import sort_rows
 from rcnn.structures import Detections, Proposals
 
 #: Shortest side of a detection, pixels (torchvision's).
 _MIN_SIZE = 1e-2
+#: Threads of a block; a warp scores a proposal.
+THREADS = 256
+SOURCE = _launch.CudaSource("detections", dtypes=(torch.float32, torch.bfloat16, torch.float16), THREADS=THREADS)
 
 
 @torch.no_grad()
@@ -38,7 +44,7 @@ def detections(
         deltas: ``(B * P, (K + 1) * 4)`` of the same types, four per class.
         proposals: P rows for each of B images; padding rows detect nothing.
         image_sizes: ``(B, 2)`` float32, height and width of each image, pixels.
-        score_threshold: a score must be above it.
+        score_threshold: 0..1; a score must be above it.
         iou_threshold: a box that overlaps a better one of its class by more than this is dropped.
         detections_per_image: detections kept per image, the capacity D.
         box_weights: factors of dx, dy, dw, dh, those of the training targets.
@@ -47,7 +53,7 @@ def detections(
         Detections with D rows per image.
 
     Raises:
-        ValueError: an argument has another shape, or the capacity is less than 1.
+        ValueError: an argument has another shape or dtype, the threshold is not in 0..1, or the capacity is below 1.
 
     Source:
         torchvision, ``RoIHeads.postprocess_detections``, which decodes the boxes of all classes first.
@@ -59,15 +65,28 @@ def detections(
         raise ValueError(f"logits must have shape ({images * capacity}, K + 1), got {tuple(logits.shape)}")
     for name, tensor, shape in (
         ("deltas", deltas, (images * capacity, logits.shape[1] * 4)),
+        ("proposals.count", proposals.count, (images,)),
         ("image_sizes", image_sizes, (images, 2)),
     ):
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if deltas.dtype != logits.dtype or not logits.is_floating_point():
+        raise ValueError(f"logits and deltas must have one floating point dtype, got {logits.dtype} and {deltas.dtype}")
+    for name, tensor, dtype in (
+        ("proposals.boxes", proposals.boxes, torch.float32),
+        ("proposals.count", proposals.count, torch.int64),
+        ("image_sizes", image_sizes, torch.float32),
+    ):
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if not 0 <= score_threshold <= 1:
+        raise ValueError(f"score_threshold must lie in 0..1, got {score_threshold}")
     if detections_per_image < 1:
         raise ValueError(f"detections_per_image must be at least 1, got {detections_per_image}")
     if len(box_weights) != 4:
         raise ValueError(f"box_weights must be 4 numbers, got {tuple(box_weights)}")
-    return _cpu(
+    body = _cuda if _launch.uses_kernels(logits) else _cpu
+    return body(
         logits, deltas, proposals, image_sizes, score_threshold, iou_threshold, detections_per_image, box_weights
     )
 
@@ -136,3 +155,77 @@ def _thin(boxes: Tensor, problem: Tensor, iou_threshold: float, most: int) -> Te
     keep, kept = nms_padded(padded, counts, iou_threshold, min(width, most))
     slot = torch.arange(keep.shape[1], device=keep.device)
     return order[(first[:, None] + keep)[slot < kept[:, None]]].sort().values
+
+
+def _cuda(
+    logits: Tensor,
+    deltas: Tensor,
+    proposals: Proposals,
+    image_sizes: Tensor,
+    score_threshold: float,
+    iou_threshold: float,
+    detections_per_image: int,
+    box_weights: Sequence[float],
+) -> Detections:
+    images, capacity = proposals.boxes.shape[:2]
+    classes, dtype, device = logits.shape[1], logits.dtype, logits.device
+    segments = images * (classes - 1)
+    logits, deltas, image_sizes = logits.contiguous(), deltas.contiguous(), image_sizes.contiguous()
+    rois, used = proposals.boxes.contiguous(), proposals.count.contiguous()
+
+    # One fill: the candidates of every segment, and the survivors of every image.
+    counts = torch.zeros(segments + images, dtype=torch.int64, device=device)
+    candidates, totals = counts[:segments], counts[segments:]
+    keys = torch.empty(segments, capacity, dtype=torch.int64, device=device)
+    extents = (np.int32(capacity), np.int32(classes))
+    _launch.launch(
+        SOURCE,
+        "score",
+        -(-images * capacity // (THREADS // 32)),
+        THREADS,
+        (logits, used, keys, candidates, np.int32(images * capacity), *extents, np.float32(score_threshold)),
+        dtype=dtype,
+    )
+    keys = sort_rows(keys, candidates)
+
+    head = (deltas, rois, image_sizes)
+    weights = tuple(np.float32(weight) for weight in box_weights)
+    boxes = rois.new_empty(segments, capacity, 4)
+    _launch.launch(
+        SOURCE,
+        "decode",
+        (segments, -(-capacity // THREADS)),
+        THREADS,
+        (*head, keys, candidates, boxes, *extents, *weights, np.float32(_MIN_SIZE)),
+        dtype=dtype,
+    )
+    rows = min(capacity, detections_per_image)
+    keep, kept = nms_padded(boxes, candidates, iou_threshold, rows)
+
+    gathered = torch.empty(images, (classes - 1) * rows, dtype=torch.int64, device=device)
+    _launch.launch(
+        SOURCE,
+        "gather_kept",
+        (segments, -(-rows // THREADS)),
+        THREADS,
+        (keys, keep, kept, gathered, totals, np.int32(capacity), np.int32(rows), np.int32(classes - 1)),
+        dtype=dtype,
+    )
+    gathered = sort_rows(gathered, totals)
+    result = Detections(
+        boxes=rois.new_empty(images, detections_per_image, 4),
+        scores=rois.new_empty(images, detections_per_image),
+        labels=torch.empty(images, detections_per_image, dtype=torch.int64, device=device),
+        count=torch.empty(images, dtype=torch.int64, device=device),
+    )
+    outputs = (result.boxes, result.scores, result.labels, result.count)
+    limits = (np.int32(gathered.shape[1]), np.int32(detections_per_image))
+    _launch.launch(
+        SOURCE,
+        "emit",
+        (-(-detections_per_image // THREADS), images),
+        THREADS,
+        (*head, gathered, totals, *outputs, *extents, *weights, *limits),
+        dtype=dtype,
+    )
+    return result

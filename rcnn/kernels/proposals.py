@@ -2,12 +2,24 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rcnn import boxes as box
+from rcnn.kernels import _launch
 from rcnn.kernels.nms import nms_padded
+from rcnn.kernels.sorting import sort_rows
 from rcnn.structures import Proposals
+
+#: Threads of a block, and anchors of one level that a block looks at.
+THREADS, TILE = 512, 4096
+#: Levels that the kernels take, whose ends are arguments: a table in memory would have to be sent to the device.
+LEVELS = 8
+#: A float32 key has three digits of 11 bits; 16-bit types are settled by two of 10. The last has 1,024 values.
+DIGITS = {torch.float32: (3, 2048), torch.bfloat16: (2, 1024), torch.float16: (2, 1024)}
+LAST_BINS = 1024
+SOURCE = _launch.CudaSource("proposals", dtypes=tuple(DIGITS), THREADS=THREADS, TILE=TILE, LEVELS=LEVELS)
 
 
 @torch.no_grad()
@@ -46,7 +58,7 @@ def proposals(
         Proposals with P = ``post_nms_top_n`` rows per image; scores are logits.
 
     Raises:
-        ValueError: an argument has another shape, or a capacity is less than 1.
+        ValueError: an argument has another shape or dtype, a capacity is less than 1, or ``min_size`` is negative.
 
     Source:
         Ren et al., Faster R-CNN (2015), section 3.3; torchvision, ``RegionProposalNetwork.filter_proposals``, which
@@ -56,13 +68,16 @@ def proposals(
     for name, value in (("pre_nms_top_n", pre_nms_top_n), ("post_nms_top_n", post_nms_top_n)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if not min_size >= 0:
+        raise ValueError(f"min_size must be at least 0, got {min_size}")
     if count == 0 or images == 0:
         return Proposals(
             boxes=anchors.new_zeros(images, post_nms_top_n, 4),
             scores=anchors.new_zeros(images, post_nms_top_n),
             count=torch.zeros(images, dtype=torch.int64, device=anchors.device),
         )
-    return _cpu(
+    body = _cuda if _launch.uses_kernels(objectness) else _cpu
+    return body(
         objectness, deltas, anchors, image_sizes, level_sizes, pre_nms_top_n, post_nms_top_n, iou_threshold, min_size
     )
 
@@ -81,7 +96,14 @@ def _check(
     for name, tensor, shape in expected:
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-    if sum(level_sizes) != count:
+    if deltas.dtype != objectness.dtype or not objectness.is_floating_point():
+        raise ValueError(
+            f"objectness and deltas must have one floating point dtype, got {objectness.dtype} and {deltas.dtype}"
+        )
+    for name, tensor in (("anchors", anchors), ("image_sizes", image_sizes)):
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{name} must be torch.float32, got {tensor.dtype}")
+    if sum(level_sizes) != count or min(level_sizes, default=0) < 0:
         raise ValueError(f"level_sizes must add up to {count} anchors, got {tuple(level_sizes)}")
     return images, count
 
@@ -150,3 +172,61 @@ def _select(objectness: Tensor, level_sizes: Sequence[int], pre_nms_top_n: int) 
             selected.append(start + size - 1 - (key & 0xFFFFFFFF))
         start += size
     return selected
+
+
+def _cuda(
+    objectness: Tensor,
+    deltas: Tensor,
+    anchors: Tensor,
+    image_sizes: Tensor,
+    level_sizes: Sequence[int],
+    pre_nms_top_n: int,
+    post_nms_top_n: int,
+    iou_threshold: float,
+    min_size: float,
+) -> Proposals:
+    images, count = objectness.shape
+    sizes = [size for size in level_sizes if size]
+    levels, dtype, device = len(sizes), objectness.dtype, objectness.device
+    if dtype not in DIGITS:
+        raise ValueError(f"objectness must be torch.float32, bfloat16 or float16 on a GPU, got {dtype}")
+    if levels > LEVELS:
+        raise ValueError(f"level_sizes must have at most {LEVELS} levels with anchors on a GPU, got {levels}")
+    ends = np.cumsum(sizes + [0] * (LEVELS - levels), dtype=np.int32)
+    objectness, deltas = objectness.contiguous(), deltas.contiguous()
+    anchors, image_sizes = anchors.contiguous(), image_sizes.contiguous()
+    segments, capacity = images * levels, min(pre_nms_top_n, max(sizes))
+    digits, bins = DIGITS[dtype]
+
+    # One fill: the number of selected anchors of each segment, int64, then its histograms, int32.
+    zeros = torch.zeros(segments * (1 + digits * bins // 2), dtype=torch.int64, device=device)
+    selected, histograms = zeros[:segments], zeros[segments:].view(torch.int32)
+    tiles = (sum(-(-size // TILE) for size in sizes), images)
+    ties = torch.empty(images, tiles[0], LAST_BINS, dtype=torch.int32, device=device)
+    keys = torch.empty(segments, capacity, dtype=torch.int64, device=device)
+    layout = (np.int32(count), np.int32(levels), *ends)
+    for digit in range(digits):
+        args = (objectness, histograms, ties, np.int32(digit), np.int32(capacity), *layout)
+        _launch.launch(SOURCE, "count_digits", tiles, THREADS, args, dtype=dtype)
+    selection = (objectness, histograms, ties, keys, selected, np.int32(capacity), *layout)
+    _launch.launch(SOURCE, "collect", tiles, THREADS, selection, dtype=dtype)
+    keys = sort_rows(keys, selected)
+
+    boxes, scores = anchors.new_empty(segments, capacity, 4), anchors.new_empty(segments, capacity)
+    geometry = (objectness, deltas, anchors, image_sizes, keys, selected, boxes, scores)
+    numbers = (np.int32(capacity), np.int32(count), np.int32(levels), np.float32(min_size))
+    grid = (segments, -(-capacity // THREADS))
+    _launch.launch(SOURCE, "decode", grid, THREADS, (*geometry, *numbers), dtype=dtype)
+    rows = min(capacity, post_nms_top_n)
+    keep, kept = nms_padded(boxes, selected, iou_threshold, rows)
+
+    result = Proposals(
+        boxes=anchors.new_empty(images, post_nms_top_n, 4),
+        scores=anchors.new_empty(images, post_nms_top_n),
+        count=torch.empty(images, dtype=torch.int64, device=device),
+    )
+    lists = (boxes, scores, keep, kept, result.boxes, result.scores, result.count)
+    extents = (np.int32(capacity), np.int32(rows), np.int32(levels), np.int32(post_nms_top_n))
+    grid = (-(-max(levels * rows, post_nms_top_n) // THREADS), images)
+    _launch.launch(SOURCE, "merge_levels", grid, THREADS, (*lists, *extents), dtype=dtype)
+    return result
