@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import reference
 import torch
+from cuda_on_cpu import Emulator
 from torch import Tensor
 
-from rcnn.kernels.detections import detections
+from rcnn.kernels.detections import THREADS, detections
+from rcnn.kernels.sorting import RUN
 from rcnn.structures import Detections, Proposals
 
 EPS = torch.finfo(torch.float32).eps
@@ -17,7 +19,12 @@ WEIGHTS = (8.0, 8.0, 4.0, 4.0)
 
 
 def inputs(
-    images: int = 3, capacity: int = 30, classes: int = 4, seed: int = 0, kinds: int = 0
+    device: torch.device | str = "cpu",
+    images: int = 3,
+    capacity: int = 30,
+    classes: int = 4,
+    seed: int = 0,
+    kinds: int = 0,
 ) -> tuple[Tensor, Tensor, Proposals]:
     """Logits (rows drawn from ``kinds`` rows, if given), deltas that keep boxes exact, proposals."""
     generator = torch.Generator().manual_seed(seed)
@@ -32,21 +39,50 @@ def inputs(
     count = torch.tensor([capacity, 0, capacity - 7])[:images]
     boxes = torch.cat((first, first + extent), dim=2).float()
     boxes[torch.arange(capacity) >= count[:, None]] = 0
-    return logits, deltas.reshape(rows, -1), Proposals(boxes, torch.zeros(images, capacity), count)
+    found = Proposals(boxes, torch.zeros(images, capacity), count)
+    return logits.to(device), deltas.reshape(rows, -1).to(device), found.to(device)
 
 
 def run(logits: Tensor, deltas: Tensor, found: Proposals, **options: Any) -> Detections:
-    return detections(logits, deltas, found, SIZES[: len(found.count)], box_weights=WEIGHTS, **options)
+    sizes = SIZES[: len(found.count)].to(logits.device)
+    return detections(logits, deltas, found, sizes, box_weights=WEIGHTS, **options)
+
+
+def one(box: list[float], device: torch.device) -> Proposals:
+    found = Proposals(torch.tensor([[box]]), torch.zeros(1, 1), torch.tensor([1]))
+    return found.to(device)
+
+
+def rounding(columns: int) -> float:
+    """How far the softmax of two libraries may lie apart, relative to the score.
+
+    On both sides an exponential is up to 2 units in the last place off, above and below the line: 8. The additions are
+    made in another order, half a unit each, and the division rounds: one per column.
+    """
+    return (8 + columns) * EPS
+
+
+def settled(scores: Tensor, threshold: float) -> bool:
+    """Whether rounding can change neither the order of two scores of an image nor the side of the threshold of one.
+
+    Scores that are equal come from the same logits, and are equal in every library. ``scores (rows, columns)``.
+    """
+    apart = 2 * rounding(scores.shape[1])
+    values = scores[:, 1:][scores[:, 1:] > threshold * (1 - apart)]
+    values = torch.cat((values, torch.tensor([threshold]))).unique()
+    return bool((values[1:] - values[:-1] > apart * values[1:]).all())
 
 
 def check(
     result: Detections, logits: Tensor, deltas: Tensor, found: Proposals, score: float, iou: float, most: int
 ) -> None:
     images, capacity = found.boxes.shape[:2]
-    # The oracle starts from the float32 scores: their order and ties are the matter here.
+    result, logits, deltas, found = (part.to("cpu") for part in (result, logits, deltas, found))
+    # The oracle starts from the float32 scores of torch: their order and ties are the matter here.
     scores = logits.float().softmax(dim=1).reshape(images, capacity, -1)
     assert result.boxes.shape == (images, most, 4)
     for b, count in enumerate(found.count.tolist()):
+        assert settled(scores[b, :count], score)
         wanted = reference.detections(
             scores[b, :count].tolist(),
             deltas.reshape(images, capacity, -1)[b, :count].tolist(),
@@ -60,96 +96,156 @@ def check(
         rows = len(wanted)
         assert int(result.count[b]) == rows
         assert result.boxes[b, :rows].tolist() == [list(boxed) for boxed, _, _ in wanted]
-        assert result.scores[b, :rows].tolist() == [value for _, value, _ in wanted]
         assert result.labels[b, :rows].tolist() == [label for _, _, label in wanted]
+        values = torch.tensor([value for _, value, _ in wanted])
+        torch.testing.assert_close(result.scores[b, :rows], values, rtol=rounding(logits.shape[1]), atol=0)
         for padding in (result.boxes[b, rows:], result.scores[b, rows:], result.labels[b, rows:]):
             assert not padding.any()
 
 
 @pytest.mark.parametrize("kinds", [0, 2])
 @pytest.mark.parametrize(("score", "iou", "most"), [(0.05, 0.5, 100), (0.05, 0.3, 5), (0.4, 0.5, 1), (0.0, 0.9, 500)])
-def test_equals_the_oracle(kinds: int, score: float, iou: float, most: int) -> None:
-    given = inputs(seed=most, kinds=kinds)
+def test_equals_the_oracle(device: torch.device, kinds: int, score: float, iou: float, most: int) -> None:
+    given = inputs(device, seed=most, kinds=kinds)
     result = run(*given, score_threshold=score, iou_threshold=iou, detections_per_image=most)
     check(result, *given, score, iou, most)
 
 
-def test_many_classes_of_uneven_size() -> None:
-    logits, deltas, found = inputs(images=1, capacity=200, classes=12)
+def test_many_classes_of_uneven_size(device: torch.device) -> None:
+    logits, deltas, found = inputs(device, images=1, capacity=100, classes=12)
     logits[:, 3] += 3
     check(run(logits, deltas, found), logits, deltas, found, 0.05, 0.5, 100)
 
 
-def test_all_equal_scores_keep_the_order_of_proposals_then_classes() -> None:
-    logits, deltas, found = inputs()
+def test_all_equal_scores_keep_the_order_of_proposals_then_classes(device: torch.device) -> None:
+    logits, deltas, found = inputs(device)
     logits.zero_()
     check(run(logits, deltas, found, detections_per_image=17), logits, deltas, found, 0.05, 0.5, 17)
 
 
-def test_scores_are_the_softmax() -> None:
-    logits = torch.tensor([[0.0, 2.0, 1.0]])
-    found = Proposals(torch.tensor([[[0.0, 0.0, 9.0, 9.0]]]), torch.zeros(1, 1), torch.tensor([1]))
-    result = run(logits, torch.zeros(1, 12), found)
+def test_scores_are_the_softmax(device: torch.device) -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0]], device=device)
+    result = run(logits, logits.new_zeros(1, 12), one([0.0, 0.0, 9.0, 9.0], device)).to("cpu")
     total = 1 + math.exp(2) + math.exp(1)
-    # The exponentials, a sum of 3, a division.
     expected = torch.tensor([math.exp(2) / total, math.exp(1) / total])
-    torch.testing.assert_close(result.scores[0, :2], expected, rtol=5 * EPS, atol=0)
+    torch.testing.assert_close(result.scores[0, :2], expected, rtol=rounding(3), atol=0)
     assert result.labels[0, :2].tolist() == [1, 2]
     assert result.count.tolist() == [2]
 
 
-def test_the_threshold_is_open() -> None:
-    found = Proposals(torch.tensor([[[0.0, 0.0, 9.0, 9.0]]]), torch.zeros(1, 1), torch.tensor([1]))
+@pytest.mark.parametrize("classes", [1, 30, 31, 32, 62, 63, 64, 90, 1000])
+def test_any_number_of_classes(device: torch.device, classes: int) -> None:
+    logits = torch.zeros(1, classes + 1, device=device)
+    logits[0, classes] = 3.0
+    deltas = logits.new_zeros(1, 4 * (classes + 1))
+    result = run(logits, deltas, one([0.0, 0.0, 9.0, 9.0], device), score_threshold=0.01).to("cpu")
+    score = math.exp(3) / (math.exp(3) + classes)
+    torch.testing.assert_close(result.scores[0, :1], torch.tensor([score]), rtol=rounding(classes + 1), atol=0)
+    # Every other class has a score of 1 / (exp(3) + classes), which is above 0.01 up to 79 classes.
+    labels = [classes, *range(1, classes)] if classes < 80 else [classes]
+    assert result.labels[0, : int(result.count)].tolist() == labels
+
+
+def test_the_threshold_is_open(device: torch.device) -> None:
+    found = one([0.0, 0.0, 9.0, 9.0], device)
     for threshold, count in ((0.5, 0), (0.4999, 1)):
-        assert run(torch.zeros(1, 2), torch.zeros(1, 8), found, score_threshold=threshold).count.tolist() == [count]
+        logits = torch.zeros(1, 2, device=device)
+        assert run(logits, logits.new_zeros(1, 8), found, score_threshold=threshold).count.tolist() == [count]
 
 
-def test_each_class_has_its_own_deltas() -> None:
-    found = Proposals(torch.tensor([[[16.0, 16.0, 24.0, 24.0]]]), torch.zeros(1, 1), torch.tensor([1]))
-    deltas = torch.tensor([[9.0, 9, 9, 9, 8, 0, 0, 0, 0, -8, 0, 0]])
-    result = run(torch.tensor([[0.0, 1.0, 0.5]]), deltas, found)
+def test_each_class_has_its_own_deltas(device: torch.device) -> None:
+    deltas = torch.tensor([[9.0, 9, 9, 9, 8, 0, 0, 0, 0, -8, 0, 0]], device=device)
+    logits = torch.tensor([[0.0, 1.0, 0.5]], device=device)
+    result = run(logits, deltas, one([16.0, 16.0, 24.0, 24.0], device))
     assert result.boxes[0, :2].tolist() == [[24.0, 16.0, 32.0, 24.0], [16.0, 8.0, 24.0, 16.0]]
 
 
-def test_boxes_shorter_than_a_hundredth_are_dropped() -> None:
+def test_boxes_shorter_than_a_hundredth_are_dropped(device: torch.device) -> None:
     wide = torch.tensor([[0.0, 0.0, 0.02, 9.0], [20.0, 0.0, 20.005, 9.0], [63.995, 0.0, 80.0, 9.0]])
-    found = Proposals(wide[None], torch.zeros(1, 3), torch.tensor([3]))
-    result = run(torch.zeros(3, 2), torch.zeros(3, 8), found)
+    found = Proposals(wide[None], torch.zeros(1, 3), torch.tensor([3])).to(device)
+    result = run(torch.zeros(3, 2, device=device), torch.zeros(3, 8, device=device), found)
     assert result.count.tolist() == [1]
     assert result.boxes[0, 0, 2].item() < 0.1
 
 
-def test_values_that_are_not_finite_are_dropped() -> None:
-    logits, deltas, found = inputs()
+def test_values_that_are_not_finite_are_dropped(device: torch.device) -> None:
+    logits, deltas, found = inputs(device)
     for place, value in enumerate((math.nan, math.inf, -math.inf)):
         logits[place, 1] = value
         deltas[4 + 3 * place : 8 + 3 * place].reshape(4, -1, 4)[torch.arange(4), 1, torch.arange(4)] = value
     check(run(logits, deltas, found), logits, deltas, found, 0.05, 0.5, 100)
 
 
-def test_padding_never_detects() -> None:
-    logits, deltas, found = inputs(images=1)
+def test_padding_never_detects(device: torch.device) -> None:
+    logits, deltas, found = inputs(device, images=1)
     boxes = found.boxes.clone()
     boxes[0, 3:] = torch.tensor([0.0, 0.0, 20.0, 20.0])
-    found = Proposals(boxes, found.scores, torch.tensor([3]))
-    check(run(logits, deltas, found), logits, deltas, found, 0.05, 0.5, 100)
-    assert run(logits, deltas, Proposals(boxes, found.scores, torch.tensor([0]))).count.tolist() == [0]
+    for count in (3, 0):
+        found = Proposals(boxes, found.scores, torch.tensor([count], device=device))
+        check(run(logits, deltas, found), logits, deltas, found, 0.05, 0.5, 100)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
-    logits, deltas, found = inputs()
+def test_half_precision_is_computed_in_float32(device: torch.device, dtype: torch.dtype) -> None:
+    logits, deltas, found = inputs(device)
     result = run(logits.to(dtype), deltas.to(dtype), found)
     assert result.boxes.dtype == result.scores.dtype == torch.float32
     check(result, logits.to(dtype), deltas, found, 0.05, 0.5, 100)
 
 
-def test_no_proposals_no_gradient() -> None:
-    none = Proposals(torch.zeros(2, 0, 4), torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64))
-    assert run(torch.zeros(0, 3), torch.zeros(0, 12), none).count.tolist() == [0, 0]
-    logits, deltas, found = inputs()
+def test_every_pair_is_a_candidate(device: torch.device) -> None:
+    """No capacity loses one: 2,700 detections of an image, all of one score, more than one block sorts."""
+    logits, deltas, found = inputs(device, images=2, capacity=90, classes=30)
+    logits.zero_()
+    result = run(logits, deltas, found, score_threshold=0.0, iou_threshold=1.0, detections_per_image=3000)
+    assert int(result.count[0]) > RUN
+    check(result, logits, deltas, found, 0.0, 1.0, 3000)
+
+
+def test_more_proposals_than_one_block_sorts(device: torch.device) -> None:
+    logits, deltas, found = inputs(device, images=1, capacity=RUN + 52, classes=1, kinds=7)
+    result = run(logits, deltas, found, score_threshold=0.0, detections_per_image=THREADS + 1)
+    check(result, logits, deltas, found, 0.0, 0.5, THREADS + 1)
+
+
+def test_any_order_of_threads_gives_the_same(emulator: Emulator) -> None:
+    given = inputs(kinds=3)
+    first = run(*given)
+    for seed in range(1, 21):
+        with emulator.order(seed):
+            again = run(*given)
+        assert all(torch.equal(a, b) for a, b in zip(vars(first).values(), vars(again).values(), strict=True))
+
+
+def test_strided_inputs_are_read_and_left_alone(device: torch.device) -> None:
+    logits, deltas, found = inputs(device)
+    wanted = run(logits, deltas, found)
+    boxes = found.boxes.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    count = torch.stack((found.count, found.count), dim=1)[:, 0]
+    strided = Proposals(boxes, found.scores, count)
+    given = [logits.T.contiguous().T, deltas.T.contiguous().T, boxes, count]
+    before = [part.clone() for part in given]
+    result = run(given[0], given[1], strided)
+    assert all(torch.equal(a, b) for a, b in zip(vars(result).values(), vars(wanted).values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
+
+
+def test_no_proposals_no_gradient(device: torch.device) -> None:
+    none = Proposals(torch.zeros(2, 0, 4), torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64)).to(device)
+    empty = torch.zeros(0, 3, device=device)
+    result = run(empty, empty.new_zeros(0, 12), none)
+    assert result.count.tolist() == [0, 0]
+    assert not result.boxes.any()
+    assert not result.labels.any()
+    logits, deltas, found = inputs(device)
     result = run(logits.requires_grad_(), deltas.requires_grad_(), found)
     assert not any(value.requires_grad for value in vars(result).values())
+
+
+def test_no_images(device: torch.device) -> None:
+    none = Proposals(torch.zeros(0, 5, 4), torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64)).to(device)
+    empty = torch.zeros(0, 3, device=device)
+    assert run(empty, empty.new_zeros(0, 12), none).boxes.shape == (0, 100, 4)
 
 
 @pytest.mark.parametrize(
@@ -158,13 +254,27 @@ def test_no_proposals_no_gradient() -> None:
         ({"logits": torch.zeros(89, 5)}, r"logits must have shape \(90, K \+ 1\), got \(89, 5\)"),
         ({"logits": torch.zeros(90, 1)}, r"logits must have shape \(90, K \+ 1\), got \(90, 1\)"),
         ({"deltas": torch.zeros(90, 4)}, r"deltas must have shape \(90, 20\), got \(90, 4\)"),
+        ({"deltas": torch.zeros(90, 20).half()}, "logits and deltas must have one floating point dtype, got "),
         ({"image_sizes": torch.zeros(2, 2)}, r"image_sizes must have shape \(3, 2\), got \(2, 2\)"),
+        ({"image_sizes": torch.zeros(3, 2).double()}, "image_sizes must be torch.float32, got torch.float64"),
+        ({"score_threshold": math.nan}, r"score_threshold must lie in 0..1, got nan"),
+        ({"score_threshold": -0.1}, r"score_threshold must lie in 0..1, got -0.1"),
+        ({"iou_threshold": math.nan}, r"iou_threshold must lie in 0..1, got nan"),
         ({"detections_per_image": 0}, "detections_per_image must be at least 1, got 0"),
         ({"box_weights": (1.0, 1.0)}, r"box_weights must be 4 numbers, got \(1.0, 1.0\)"),
     ],
 )
-def test_errors(change: dict[str, Any], message: str) -> None:
+def test_errors(device: torch.device, change: dict[str, Any], message: str) -> None:
     logits, deltas, found = inputs()
-    arguments = {"logits": logits, "deltas": deltas, "proposals": found, "image_sizes": SIZES}
+    arguments = {"logits": logits, "deltas": deltas, "proposals": found, "image_sizes": SIZES, **change}
+    tensors = (Tensor, Proposals)
+    arguments = {name: x.to(device) if isinstance(x, tensors) else x for name, x in arguments.items()}
     with pytest.raises(ValueError, match=message):
-        detections(**{**arguments, **change})
+        detections(**arguments)
+
+
+def test_float64_is_for_the_cpu(emulator: Emulator) -> None:
+    logits, deltas, found = inputs()
+    message = "detections: dtype must be one of float32, bfloat16, float16 on a GPU, got torch.float64"
+    with pytest.raises(ValueError, match=message):
+        run(logits.double(), deltas.double(), found)

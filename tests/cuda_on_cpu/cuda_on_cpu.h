@@ -493,12 +493,11 @@ RUNTIME static void call_with(void (*kernel)(P...), void** arguments) {
 #define __syncthreads_and(p) emulator::barrier(__LINE__, emulator::BARRIER_AND, p)
 #define __syncthreads_or(p) emulator::barrier(__LINE__, emulator::BARRIER_OR, p)
 
-// A macro with an optional argument: the mask of __syncwarp, the width of a shuffle.
+inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
+    emulator::collective(line, emulator::SYNC, mask, 0, 0, 0);
+}
+// A macro with an optional argument: the width of a shuffle.
 #define CUDA_PICK(_1, _2, _3, _4, name, ...) name
-#define CUDA_WARP0() CUDA_WARP1(0xffffffffu)
-#define CUDA_WARP1(mask) ((void)emulator::collective(__LINE__, emulator::SYNC, mask, 0, 0, 0))
-#define CUDA_PICK_WARP(_0, _1, name, ...) name
-#define __syncwarp(...) CUDA_PICK_WARP(0, ##__VA_ARGS__, CUDA_WARP1, CUDA_WARP0, )(__VA_ARGS__)
 #define CUDA_SHUFFLE(how, mask, value, argument, width) \
     emulator::shuffle(__LINE__, mask, value, emulator::how(argument, width))
 #define CUDA_WIDTH3(how, mask, value, argument) CUDA_SHUFFLE(how, mask, value, argument, 32)
