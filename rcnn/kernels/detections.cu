@@ -4,11 +4,12 @@
 // (B, P, 4). A segment is a foreground class of an image, Q = B * K of them. Each has room for all P proposals, so no
 // candidate is ever lost.
 //
-//   score          grid ceil(B * P / WARPS), a warp per proposal: softmax; scores above the threshold become keys in the
-//                  lists of their classes, in any order.
-//   decode         grid (Q, ceil(P / THREADS)): sorted keys to boxes.
-//   gather_kept    grid (Q, ceil(R / THREADS)): keys that survived NMS, in any order, to the list of their image.
-//   emit           grid (ceil(D / THREADS), B): sorted keys to detections. A box is decoded anew instead of being kept.
+//   score_classes      grid ceil(B * P / WARPS), a warp per proposal: softmax; scores above the threshold become keys
+//                      in the lists of their classes, in any order.
+//   decode_candidates  grid (Q, ceil(P / THREADS)): sorted keys to boxes.
+//   gather_kept        grid (Q, ceil(R / THREADS)): keys of up to R kept boxes of every class, in any order, to the list
+//                      of their image.
+//   emit_detections    grid (ceil(D / THREADS), B): sorted keys to detections; decodes the few boxes anew.
 //
 // A key is the bits of the score, which is positive, above the complement of proposal * C + class: one order for the
 // lists of classes and those of images.
@@ -23,8 +24,8 @@ __device__ __forceinline__ long long append(long long* count) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-score(const scalar* __restrict__ logits, const long long* __restrict__ used, long long* __restrict__ keys,
-      long long* __restrict__ candidates, int rows, int capacity, int classes, float threshold) {
+score_classes(const scalar* __restrict__ logits, const long long* __restrict__ used, long long* __restrict__ keys,
+              long long* __restrict__ candidates, int rows, int capacity, int classes, float threshold) {
     const int lane = threadIdx.x % 32, row = blockIdx.x * WARPS + threadIdx.x / 32;
     if (row >= rows) return;  // the whole warp, here and below
     const int image = row / capacity, proposal = row % capacity;
@@ -75,9 +76,10 @@ __device__ __forceinline__ Box decode_key(const Head& head, int image, long long
 
 // A box that is not finite or too small becomes NaN: NMS never keeps it.
 extern "C" __global__ void __launch_bounds__(THREADS)
-decode(const scalar* __restrict__ deltas, const float* __restrict__ proposals, const float* __restrict__ image_sizes,
-       const long long* __restrict__ keys, const long long* __restrict__ candidates, float* __restrict__ boxes,
-       int capacity, int classes, float weight_x, float weight_y, float weight_w, float weight_h, float min_size) {
+decode_candidates(const scalar* __restrict__ deltas, const float* __restrict__ proposals,
+                  const float* __restrict__ image_sizes, const long long* __restrict__ keys,
+                  const long long* __restrict__ candidates, float* __restrict__ boxes, int capacity, int classes,
+                  float weight_x, float weight_y, float weight_w, float weight_h, float min_size) {
     const int segment = blockIdx.x, i = blockIdx.y * THREADS + threadIdx.x;
     if (i >= candidates[segment]) return;
     const Head head = {deltas, proposals, image_sizes, capacity, classes, weight_x, weight_y, weight_w, weight_h};
@@ -100,10 +102,11 @@ gather_kept(const long long* __restrict__ keys, const long long* __restrict__ ke
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-emit(const scalar* __restrict__ deltas, const float* __restrict__ proposals, const float* __restrict__ image_sizes,
-     const long long* __restrict__ gathered, const long long* __restrict__ totals, float* __restrict__ boxes,
-     float* __restrict__ scores, long long* __restrict__ labels, long long* __restrict__ count, int capacity,
-     int classes, float weight_x, float weight_y, float weight_w, float weight_h, int list_capacity, int detections) {
+emit_detections(const scalar* __restrict__ deltas, const float* __restrict__ proposals,
+                const float* __restrict__ image_sizes, const long long* __restrict__ gathered,
+                const long long* __restrict__ totals, float* __restrict__ boxes, float* __restrict__ scores,
+                long long* __restrict__ labels, long long* __restrict__ count, int capacity, int classes,
+                float weight_x, float weight_y, float weight_w, float weight_h, int list_capacity, int detections) {
     const int image = blockIdx.y, i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= detections) return;
     const int total = static_cast<int>(min(totals[image], static_cast<long long>(detections)));

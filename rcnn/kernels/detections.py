@@ -180,7 +180,7 @@ def _cuda(
     extents = (np.int32(capacity), np.int32(classes))
     _launch.launch(
         SOURCE,
-        "score",
+        "score_classes",
         -(-images * capacity // (THREADS // 32)),
         THREADS,
         (logits, used, keys, candidates, np.int32(images * capacity), *extents, np.float32(score_threshold)),
@@ -193,7 +193,7 @@ def _cuda(
     boxes = rois.new_empty(segments, capacity, 4)
     _launch.launch(
         SOURCE,
-        "decode",
+        "decode_candidates",
         (segments, -(-capacity // THREADS)),
         THREADS,
         (*head, keys, candidates, boxes, *extents, *weights, np.float32(_MIN_SIZE)),
@@ -222,7 +222,7 @@ def _cuda(
     limits = (np.int32(gathered.shape[1]), np.int32(detections_per_image))
     _launch.launch(
         SOURCE,
-        "emit",
+        "emit_detections",
         (-(-detections_per_image // THREADS), images),
         THREADS,
         (*head, gathered, totals, *outputs, *extents, *weights, *limits),

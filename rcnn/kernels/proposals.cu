@@ -1,18 +1,19 @@
 // Proposals: the best anchors of every level and image, decoded, and the levels merged after NMS.
 //
-// objectness (B, N), deltas (B, N, 4) of the storage type; anchors (N, 4). The N anchors are L levels one after another,
-// which end at end0, end1, ...; ends that are not used equal N. A segment is a level of an image, Q = B * L of them.
+// objectness (B, N), deltas (B, N, 4) of the storage type; anchors (N, 4). The N anchors are L levels one after
+// another, which end at end0, end1, ...; ends that are not used equal N. A segment is a level of an image, Q = B * L of
+// them. From each, M anchors are selected, or all that are finite.
 //
-//   count_digits   grid (tiles of an image, B), once per digit from the highest: a radix select. Each block finds the
-//                  digits that are settled from the histograms of the launches before, and counts the next digit of the
-//                  logits that begin with them. A tile is TILE anchors of one level.
-//   collect        same grid: the last digit is settled, too, so that the key of the last anchor to select is known.
-//                  Writes the keys of the selected anchors, in any order.
-//   decode         grid (Q, ceil(M / THREADS)): sorted keys to boxes, clipped to their image.
-//   merge_levels   grid (tiles of max(L * R, P), B): the kept boxes of all levels to P rows by falling score.
+//   count_digits     grid (tiles of an image, B), once per digit from the highest: a radix select. Each block finds the
+//                    digits that are settled from the histograms of the launches before, and counts the next digit of
+//                    the logits that begin with them. A tile is TILE anchors of one level.
+//   collect_anchors  same grid: the last digit is settled, too, so that the key of the last anchor to select is known.
+//                    Writes the keys of the selected anchors, in any order.
+//   decode_anchors   grid (Q, ceil(M / THREADS)): sorted keys to boxes, clipped to their image.
+//   merge_levels     grid (ceil(max(L * R, P) / THREADS), B): up to R kept boxes of every level to P rows per image.
 //
-// The order of anchors is (score, lower index). Scores are compared as integers that rise with them. The logits stay
-// in the L2 cache from one launch to the next; nothing as long as N is written.
+// Anchors are ordered by (score, lower index). Scores are compared as integers that rise with them. The logits stay in
+// the L2 cache from one launch to the next; nothing as long as N is written.
 
 #include "scalar.cuh"
 #include "box.cuh"
@@ -104,7 +105,9 @@ __device__ __forceinline__ Pivot find_pivot(const int* __restrict__ histograms, 
         int above = upto - own;
         if (above < pivot.missing && upto >= pivot.missing) {
             int reached = top;
-            for (int here; above + (here = histograms[digit * BINS + reached]) < pivot.missing; --reached) above += here;
+            while (above + histograms[digit * BINS + reached] < pivot.missing) {
+                above += histograms[digit * BINS + reached--];
+            }
             chosen[0] = reached;
             chosen[1] = pivot.missing - above;
         }
@@ -120,8 +123,8 @@ __device__ __forceinline__ Pivot find_pivot(const int* __restrict__ histograms, 
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 count_digits(const scalar* __restrict__ objectness, int* __restrict__ histograms, int* __restrict__ ties, int digit,
-             int capacity, int anchors, int levels, int end0, int end1, int end2, int end3, int end4, int end5, int end6,
-             int end7) {
+             int capacity, int anchors, int levels, int end0, int end1, int end2, int end3, int end4, int end5,
+             int end6, int end7) {
     __shared__ int counts[BINS], totals[WARPS + 2];
     const Tile tile = find_tile({end0, end1, end2, end3, end4, end5, end6, end7});
     histograms += (blockIdx.y * levels + tile.level) * (DIGITS * BINS);
@@ -151,9 +154,10 @@ count_digits(const scalar* __restrict__ objectness, int* __restrict__ histograms
 
 // Every key above the pivot, and of those equal to it the first ones by index.
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
-collect(const scalar* __restrict__ objectness, const int* __restrict__ histograms, const int* __restrict__ ties,
-        long long* __restrict__ keys, long long* __restrict__ selected, int capacity, int anchors,
-        int levels, int end0, int end1, int end2, int end3, int end4, int end5, int end6, int end7) {
+collect_anchors(const scalar* __restrict__ objectness, const int* __restrict__ histograms,
+                const int* __restrict__ ties, long long* __restrict__ keys, long long* __restrict__ selected,
+                int capacity, int anchors, int levels, int end0, int end1, int end2, int end3, int end4, int end5,
+                int end6, int end7) {
     __shared__ int earlier, totals[WARPS + 2];
     const Tile tile = find_tile({end0, end1, end2, end3, end4, end5, end6, end7});
     const int segment = blockIdx.y * levels + tile.level;
@@ -219,10 +223,10 @@ collect(const scalar* __restrict__ objectness, const int* __restrict__ histogram
 
 // A box that is not finite or too small becomes NaN: NMS never keeps it, and the rows need not be moved together.
 extern "C" __global__ void __launch_bounds__(THREADS)
-decode(const scalar* __restrict__ objectness, const scalar* __restrict__ deltas, const float* __restrict__ anchors,
-       const float* __restrict__ image_sizes, const long long* __restrict__ keys,
-       const long long* __restrict__ selected, float* __restrict__ boxes, float* __restrict__ scores, int capacity,
-       int anchor_count, int levels, float min_size) {
+decode_anchors(const scalar* __restrict__ objectness, const scalar* __restrict__ deltas,
+               const float* __restrict__ anchors, const float* __restrict__ image_sizes,
+               const long long* __restrict__ keys, const long long* __restrict__ selected, float* __restrict__ boxes,
+               float* __restrict__ scores, int capacity, int anchor_count, int levels, float min_size) {
     const int segment = blockIdx.x, image = segment / levels;
     const int i = blockIdx.y * THREADS + threadIdx.x;
     if (i >= selected[segment]) return;

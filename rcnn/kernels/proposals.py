@@ -209,14 +209,14 @@ def _cuda(
         args = (objectness, histograms, ties, np.int32(digit), np.int32(capacity), *layout)
         _launch.launch(SOURCE, "count_digits", tiles, THREADS, args, dtype=dtype)
     selection = (objectness, histograms, ties, keys, selected, np.int32(capacity), *layout)
-    _launch.launch(SOURCE, "collect", tiles, THREADS, selection, dtype=dtype)
+    _launch.launch(SOURCE, "collect_anchors", tiles, THREADS, selection, dtype=dtype)
     keys = sort_rows(keys, selected)
 
     boxes, scores = anchors.new_empty(segments, capacity, 4), anchors.new_empty(segments, capacity)
     geometry = (objectness, deltas, anchors, image_sizes, keys, selected, boxes, scores)
     numbers = (np.int32(capacity), np.int32(count), np.int32(levels), np.float32(min_size))
     grid = (segments, -(-capacity // THREADS))
-    _launch.launch(SOURCE, "decode", grid, THREADS, (*geometry, *numbers), dtype=dtype)
+    _launch.launch(SOURCE, "decode_anchors", grid, THREADS, (*geometry, *numbers), dtype=dtype)
     rows = min(capacity, post_nms_top_n)
     keep, kept = nms_padded(boxes, selected, iou_threshold, rows)
 

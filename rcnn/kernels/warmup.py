@@ -3,10 +3,13 @@
 import torch
 
 from rcnn.kernels import _launch
+from rcnn.kernels.detections import SOURCE as DETECTIONS
 from rcnn.kernels.nms import SOURCE as NMS
+from rcnn.kernels.proposals import SOURCE as PROPOSALS
+from rcnn.kernels.sorting import SOURCE as SORTING
 
 #: The CUDA body of every op. A test compares this with the ``.cu`` files of the folder.
-SOURCES: tuple[_launch.CudaSource, ...] = (NMS,)
+SOURCES: tuple[_launch.CudaSource, ...] = (DETECTIONS, NMS, PROPOSALS, SORTING)
 
 
 def warmup(device: torch.device | str | int | None = None) -> None:
