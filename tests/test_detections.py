@@ -208,6 +208,7 @@ def test_more_proposals_than_one_block_sorts(device: torch.device) -> None:
     check(result, logits, deltas, found, 0.0, 0.5, THREADS + 1)
 
 
+@pytest.mark.emulated
 def test_any_order_of_threads_gives_the_same(emulator: Emulator) -> None:
     given = inputs(kinds=3)
     first = run(*given)
@@ -273,6 +274,7 @@ def test_errors(device: torch.device, change: dict[str, Any], message: str) -> N
         detections(**arguments)
 
 
+@pytest.mark.emulated
 def test_float64_is_for_the_cpu(emulator: Emulator) -> None:
     logits, deltas, found = inputs()
     message = "detections: dtype must be one of float32, bfloat16, float16 on a GPU, got torch.float64"

@@ -205,6 +205,7 @@ def test_errors(device: torch.device, change: dict[str, Any], message: str) -> N
         proposals(**arguments)
 
 
+@pytest.mark.emulated
 def test_errors_of_the_kernels_alone(emulator: Emulator) -> None:
     objectness, deltas = outputs()
     message = "objectness must be torch.float32, bfloat16 or float16 on a GPU, got torch.float64"
@@ -332,6 +333,7 @@ def test_one_level_of_twelve_thousand(device: torch.device) -> None:
     check_selection(result, objectness, [13000], 12000)
 
 
+@pytest.mark.emulated
 def test_any_order_of_threads_gives_the_same(emulator: Emulator) -> None:
     objectness, deltas = outputs(seed=8, kinds=2)
     first = run(objectness, deltas)

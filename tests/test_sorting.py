@@ -54,6 +54,7 @@ def test_nothing_to_sort(device: torch.device, shape: tuple[int, int]) -> None:
     check(torch.zeros(shape, dtype=torch.int64), [0] * shape[0], device)
 
 
+@pytest.mark.emulated
 def test_any_order_of_threads_gives_the_same(emulator: Emulator) -> None:
     given = keys(2, RUN + 500, kinds=400)
     for seed in range(1, 21):

@@ -7,8 +7,8 @@
 //   score_classes      grid ceil(B * P / WARPS), a warp per proposal: softmax; scores above the threshold become keys
 //                      in the lists of their classes, in any order.
 //   decode_candidates  grid (Q, ceil(P / THREADS)): sorted keys to boxes.
-//   gather_kept        grid (Q, ceil(R / THREADS)): keys of up to R kept boxes of every class, in any order, to the list
-//                      of their image.
+//   gather_kept        grid (Q, ceil(R / THREADS)): keys of up to R kept boxes of every class, in any order, to the
+//                      list of their image.
 //   emit_detections    grid (ceil(D / THREADS), B): sorted keys to detections; decodes the few boxes anew.
 //
 // A key is the bits of the score, which is positive, above the complement of proposal * C + class: one order for the

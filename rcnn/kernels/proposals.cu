@@ -213,9 +213,10 @@ collect_anchors(const scalar* __restrict__ objectness, const int* __restrict__ h
         const bool take = taken >> round & 1u;
         const unsigned others = __ballot_sync(0xffffffffu, take);
         if (take) {
-            const int high = static_cast<int>(score[round] ^ 0x80000000u);
-            const unsigned low = ~static_cast<unsigned>(first + round * 32);
-            keys[slot + __popc(others & below)] = static_cast<long long>(high) << 32 | low;
+            // As a signed number: falling score, then rising index.
+            const unsigned high = score[round] ^ 0x80000000u, low = ~static_cast<unsigned>(first + round * 32);
+            keys[slot + __popc(others & below)] =
+                static_cast<long long>(static_cast<unsigned long long>(high) << 32 | low);
         }
         slot += __popc(others);
     }
