@@ -72,6 +72,12 @@ def neighbour(emulator: Emulator, fault: int) -> list[int]:
     return data.tolist()
 
 
+def last_block(emulator: Emulator, fault: int) -> float:
+    part, arrived, out = torch.zeros(5), torch.zeros(1, dtype=torch.int32), torch.zeros(1)
+    emulator.launch(faults(fault), "last_block", 5, THREADS, (torch.arange(5.0), part, arrived, out))
+    return float(out)
+
+
 def reverse(emulator: Emulator, fault: int) -> list[float]:
     out = torch.zeros(THREADS)
     emulator.launch(faults(fault), "reverse", 1, THREADS, (torch.arange(float(THREADS)), out), shared=4 * THREADS)
@@ -92,6 +98,7 @@ def test_sound_kernels_are_right_in_every_order(kind: str) -> None:
             assert split(emulator, SOUND) == list(range(THREADS))
             assert arg_max(emulator, SOUND) == 1
             assert neighbour(emulator, SOUND) == list(range(1, 201))
+            assert last_block(emulator, SOUND) == 10
             assert reverse(emulator, SOUND) == list(range(THREADS))[::-1]
 
 
@@ -114,6 +121,13 @@ def test_reading_what_another_block_writes_is_a_race(races: Emulator) -> None:
     for seed in range(5):
         with races.order(seed), pytest.raises(EmulatorError, match="a data race: thread .* of block"):
             neighbour(races, NEIGHBOUR)
+
+
+@pytest.mark.parametrize("fault", [11, 12])
+def test_the_last_block_needs_both_fences(races: Emulator, fault: int) -> None:
+    for seed in range(5):
+        with races.order(seed), pytest.raises(EmulatorError, match="last_block: a data race: thread 0 of block"):
+            last_block(races, fault)
 
 
 def test_a_barrier_in_divergent_code_is_reported(plain: Emulator) -> None:

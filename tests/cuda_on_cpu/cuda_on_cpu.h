@@ -554,7 +554,7 @@ RUNTIME static inline T atomicCAS(T* address, std::common_type_t<T> expected, st
     return old;
 }
 
-static inline void __threadfence() {}
+static inline void __threadfence() { emulator::races::fence(); }
 static inline void __threadfence_block() {}
 template <class T>
 static inline T __ldg(const T* p) { return *p; }

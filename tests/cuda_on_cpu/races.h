@@ -2,8 +2,13 @@
 //
 // Each thread of a block has a vector clock over the threads of its warp, joined by the collectives of the warp, and the
 // block has a count of its barriers. Two accesses to a byte by different threads, one of them a write and not both
-// atomic, are a race unless a barrier or a collective stands between them. Between blocks of a launch nothing does.
+// atomic, are a race unless a barrier or a collective stands between them. Between blocks of a launch nothing does but
+// this: one block has called __threadfence() and then updates a number atomically, another updates it later and calls
+// __threadfence(). What the first did before is ordered with what the second does after, if each has a barrier of the
+// block, or the same thread, between its part and the atomic.
 #pragma once
+
+#include <vector>
 
 namespace emulator {
 namespace races {
@@ -16,6 +21,7 @@ static inline void start_launch() {}
 static inline void start_block() {}
 static inline void block_barrier() {}
 static inline void warp_barrier(int, unsigned) {}
+static inline void fence() {}
 #else
 
 struct Access {
@@ -26,17 +32,26 @@ struct Access {
     void* where = nullptr;
 };
 
-// The last write, the last read, and the last read by another thread than that one.
+// The last write, the last read, the last read by another thread of its block and the last by another block.
 struct Byte {
     uintptr_t address = 0;
-    Access write, read, other;
+    Access write, read, other, foreign;
+};
+
+// An atomic of a block that has called __threadfence(). For the block that runs: with its own fences at that time.
+struct Handover {
+    uintptr_t address;
+    uint64_t block;
+    int thread, barriers, fences;
 };
 
 static Byte* table;
 static size_t capacity, used;
 static uint64_t block_number;
 static int barriers;
+static int fences;
 static unsigned clocks[MAX_THREADS][WARP];
+static std::vector<Handover> given, taken;
 
 // Tensors of the launch, from the caller: begin and end of each. What lies elsewhere belongs to one fiber or to the
 // emulator itself.
@@ -84,7 +99,13 @@ RUNTIME static Byte* find(uintptr_t address) {
 
 RUNTIME static bool ordered(const Access& before, const Access& after) {
     if (!before.block || (before.kind == ATOMIC && after.kind == ATOMIC)) return true;
-    if (before.block != after.block) return false;
+    if (before.block != after.block) {
+        for (const Handover& from : taken)
+            if (from.block == before.block && fences > from.fences &&
+                (before.barriers < from.barriers || before.thread == from.thread))
+                return true;
+        return false;
+    }
     if (before.thread == after.thread || before.barriers != after.barriers) return true;
     return before.thread / WARP == after.thread / WARP && clocks[after.thread][before.thread % WARP] > before.clock;
 }
@@ -111,14 +132,23 @@ RUNTIME static void access(const void* pointer, size_t size, Kind kind) {
         Byte* byte = find(address);
         if (!ordered(byte->write, current)) report(byte->write, current, address);
         if (kind == READ) {
-            if (byte->read.thread != current.thread || byte->read.block != current.block) byte->other = byte->read;
+            if (byte->read.block != current.block) byte->foreign = byte->read;
+            else if (byte->read.thread != current.thread) byte->other = byte->read;
             byte->read = current;
         } else {
             if (!ordered(byte->read, current)) report(byte->read, current, address);
             if (!ordered(byte->other, current)) report(byte->other, current, address);
+            if (!ordered(byte->foreign, current)) report(byte->foreign, current, address);
             byte->write = current;
         }
     }
+    if (kind != ATOMIC) return;
+    for (const Handover& from : given)
+        if (from.address == first && from.block != block_number) {
+            taken.push_back(from);
+            taken.back().fences = fences;
+        }
+    if (fences > 0) given.push_back({first, block_number, current.thread, barriers, fences});
 }
 
 RUNTIME static void start_launch() {
@@ -126,18 +156,22 @@ RUNTIME static void start_launch() {
     table = nullptr;
     capacity = used = 0;
     block_number = 0;
+    given.clear();
 }
 
 // Shared memory belongs to a block: what the block before did to the same bytes does not count.
 RUNTIME static void start_block() {
     block_number++;
-    barriers = 0;
+    barriers = fences = 0;
+    taken.clear();
     memset(clocks, 0, sizeof clocks);
     for (size_t i = 0; i < capacity; i++)
-        if (shared(table[i].address)) table[i].write = table[i].read = table[i].other = Access();
+        if (shared(table[i].address)) table[i].write = table[i].read = table[i].other = table[i].foreign = Access();
 }
 
 RUNTIME static void block_barrier() { barriers++; }
+
+RUNTIME static void fence() { fences++; }
 
 RUNTIME static void warp_barrier(int first, unsigned mask) {
     unsigned joined[WARP] = {};
