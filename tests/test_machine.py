@@ -165,6 +165,15 @@ def test_a_cache_folder_under_a_file_is_found(tmp_path):
     assert f"cannot be written: Not a directory: {tmp_path / 'file'}" in done.stdout
 
 
+def test_a_home_that_cannot_be_written_costs_the_cache_and_no_more(tmp_path):
+    pytest.importorskip("cupy")
+    (tmp_path / "file").write_text("")
+    variables = {"HOME": str(tmp_path / "file" / "me"), "XDG_CACHE_HOME": "", "CUPY_CACHE_DIR": ""}
+    content = json.loads(run_env("--json", **variables).stdout)
+    assert content["facts"]["cupy_loads"] and content["facts"]["nvrtc"]
+    assert [p["name"] for p in content["problems"] if p["name"].startswith("c")] == ["cache-not-writable"]
+
+
 DRIVER = r"""
 #include <cstdlib>
 #include <cstring>

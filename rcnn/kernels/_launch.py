@@ -368,6 +368,12 @@ def _version() -> str:
 @cache
 def _cupy() -> Any:
     try:
+        # CuPy makes the folder of its own cache when it is imported, and fails where the home cannot be written. None
+        # of our kernels goes there.
+        os.makedirs(os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache")), exist_ok=True)
+    except OSError:
+        os.environ["CUPY_CACHE_DIR"] = str(_memory())
+    try:
         import cupy
     except ImportError as error:
         cause = "is not installed" if error.name == "cupy" else f"does not load ({error})"
