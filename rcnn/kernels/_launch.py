@@ -40,6 +40,8 @@ SCALARS = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "f
 OPTIONS = ("-std=c++17", "--fmad=false")
 #: Shared memory in bytes that a block gets without asking.
 SHARED_LIMIT = 48 << 10
+#: The command that knows the driver, the wheels and the line that mends them.
+_ADVICE = "python -m rcnn.env gives the pip line that mends it"
 
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 _KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(')
@@ -47,7 +49,7 @@ _NUMBERS = (np.int32, np.int64, np.uint64, np.float32)
 _lock = threading.Lock()
 
 
-class KernelError(RuntimeError):
+class KernelError(ValueError):
     """A kernel cannot be compiled, loaded or launched here; the message says why and what mends it."""
 
 
@@ -227,7 +229,7 @@ def load(source: CudaSource, dtype: torch.dtype | None, index: int) -> dict[str,
                 failure = error
         raise KernelError(
             f"{source.name}.cu was compiled for {arch} but {torch.cuda.get_device_name(index)} does not load it: "
-            f"{failure}; python -m rcnn.env says whether the driver fits"
+            f"{failure}; {_ADVICE}"
         ) from failure
 
 
@@ -248,14 +250,13 @@ def target(capability: tuple[int, int], name: str) -> str:
     if wanted > max(known):
         warnings.warn(
             f"{name} (compute capability {capability[0]}.{capability[1]}) is newer than NVRTC {_version()} knows, so "
-            f"that its driver compiles from compute_{max(known)}, which takes longer: {_pip_line('a newer one')}",
+            f"that its driver compiles from compute_{max(known)}, which takes longer; {_ADVICE}",
             stacklevel=2,
         )
         return f"compute_{max(known)}"
     raise KernelError(
-        f"{name} (compute capability {capability[0]}.{capability[1]}) is older than NVRTC {_version()} compiles for "
-        f"(from {min(known) // 10}.{min(known) % 10} on): pip install cupy-cuda12x nvidia-cuda-nvrtc-cu12, after pip "
-        "uninstall of the CuPy that is there"
+        f"{name} (compute capability {capability[0]}.{capability[1]}) is none of those that NVRTC {_version()} "
+        f"compiles for ({', '.join(f'{arch // 10}.{arch % 10}' for arch in known)}); {_ADVICE}"
     )
 
 
@@ -341,15 +342,6 @@ def _say_once(sentence: str) -> None:
     warnings.warn(sentence, stacklevel=2)
 
 
-def cupy_problem() -> str | None:
-    """What keeps CuPy and NVRTC from working, as one sentence with the line that mends it, or None."""
-    try:
-        _nvrtc()
-    except KernelError as error:
-        return str(error)
-    return None
-
-
 def nvrtc_version() -> tuple[int, int]:
     """Version of the NVRTC that CuPy loads."""
     major, minor = _nvrtc().getVersion()
@@ -375,11 +367,10 @@ def _cupy() -> Any:
         os.environ["CUPY_CACHE_DIR"] = str(_memory())
     try:
         import cupy
-    except ImportError as error:
-        cause = "is not installed" if error.name == "cupy" else f"does not load ({error})"
-        raise KernelError(f"a CUDA tensor needs CuPy, which {cause}: {_pip_line('CuPy')}") from error
     except Exception as error:  # a broken installation can raise anything
-        raise KernelError(f"a CUDA tensor needs CuPy, which does not load ({error}): {_pip_line('CuPy')}") from error
+        missing = isinstance(error, ImportError) and error.name == "cupy"
+        cause = f"is not installed: {_pip_line()}" if missing else f"does not load ({error}); {_ADVICE}"
+        raise KernelError(f"a CUDA tensor needs CuPy, which {cause}") from error
     return cupy
 
 
@@ -391,14 +382,12 @@ def _nvrtc() -> Any:
 
         nvrtc.getVersion()
     except Exception as error:  # CuPy raises RuntimeError, OSError or ImportError by version
-        raise KernelError(
-            f"kernels are compiled by NVRTC, which CuPy does not find ({error}): {_pip_line('NVRTC')}"
-        ) from error
+        raise KernelError(f"kernels are compiled by NVRTC, which CuPy does not find ({error}); {_ADVICE}") from error
     return nvrtc
 
 
-def _pip_line(what: str) -> str:
-    """The line that installs CuPy and NVRTC for the CUDA of this torch."""
+def _pip_line() -> str:
+    """What installs CuPy and NVRTC for the CUDA of this torch."""
     major = 13 if (torch.version.cuda or "").startswith("13") else 12
     nvrtc = "nvidia-cuda-nvrtc" if major == 13 else "nvidia-cuda-nvrtc-cu12"
-    return f"to install {what}, pip install -U cupy-cuda{major}x {nvrtc} (python -m rcnn.env checks what fits)"
+    return f"pip install cupy-cuda{major}x {nvrtc} (python -m rcnn.env checks that it fits the driver)"
