@@ -5,6 +5,7 @@ import io
 import json
 import math
 import numbers
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -50,6 +51,13 @@ def tags(losses: Mapping[str, float], total: str, prefix: str = "") -> dict[str,
         if all(name in losses for name in names):
             values[prefix + tag] = sum(losses[name] for name in names)
     return values
+
+
+def open_events(folder: str | os.PathLike[str], **options: Any) -> "SummaryWriter":
+    """A writer of TensorBoard events into ``folder``; ``options`` are those of tensorboardX's ``SummaryWriter``."""
+    from tensorboardX import SummaryWriter  # here, so that no other use of the package pays for the import
+
+    return SummaryWriter(os.fspath(folder), **options)
 
 
 class Tracker:
@@ -187,13 +195,11 @@ class Tracker:
     def _open(self) -> None:
         if self._jsonl is not None or self.run_dir is None:
             return
-        from tensorboardX import SummaryWriter  # here, so that no other use of the package pays for the import
-
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._keep_until(self.run_dir, self.resume_step)
         self._jsonl = open(self.run_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115
-        self._events = SummaryWriter(
-            str(self.run_dir / EVENTS), purge_step=self.resume_step + 1, filename_suffix=f".{self.resume_step}"
+        self._events = open_events(
+            self.run_dir / EVENTS, purge_step=self.resume_step + 1, filename_suffix=f".{self.resume_step}"
         )
         self._step = self.resume_step
         self._start = time.perf_counter()
