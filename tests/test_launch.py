@@ -1,6 +1,7 @@
 """The launcher against a stand-in for CuPy with the real NVRTC: what is passed on, what is refused, what is kept."""
 
 import contextlib
+import struct
 import subprocess
 import sys
 import types
@@ -250,6 +251,14 @@ def test_a_newer_gpu_gets_ptx(gpu: types.SimpleNamespace) -> None:
     (kept,) = _launch.cache_folder().iterdir()
     assert kept.suffix == ".ptx"
     assert b".entry copy" in kept.read_bytes()
+
+
+def test_machine_code_is_a_whole_elf_file() -> None:
+    """Its header tells where the tables of sections and segments lie, how long a row is and how many there are."""
+    binary, _ = _launch.compile_source(source(), None, "sm_90")
+    assert binary[:4] == b"\x7fELF"
+    (segments, sections), counts = struct.unpack_from("<QQ", binary, 32), struct.unpack_from("<4H", binary, 54)
+    assert len(binary) >= max(segments + counts[0] * counts[1], sections + counts[2] * counts[3])
 
 
 def test_a_source_that_does_not_compile_names_the_line(tmp_path: Path) -> None:

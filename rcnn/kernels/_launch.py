@@ -289,7 +289,8 @@ def compile_source(
                 f"{source.name}.cu does not compile for {arch} with NVRTC {_version()}: {first}"
             ) from None
         log = nvrtc.getProgramLog(program)
-        return (nvrtc.getCUBIN(program) if arch.startswith("sm_") else nvrtc.getPTX(program)), log
+        # CuPy takes off the last byte, as if the cubin were a string; in a file it would be missing.
+        return (nvrtc.getCUBIN(program) + b"\0" if arch.startswith("sm_") else nvrtc.getPTX(program)), log
     finally:
         nvrtc.destroyProgram(program)
 
