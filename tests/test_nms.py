@@ -1,15 +1,29 @@
 """NMS against the oracle, by hand on the threshold, on ties and on boxes that are not finite."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import reference
 import torch
+from cuda_on_cpu import Emulator
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rcnn import boxes as geometry
 from rcnn.kernels import nms as exported
-from rcnn.kernels.nms import _overlaps, _table, batched_nms, nms, nms_padded
+from rcnn.kernels.nms import (
+    KERNEL_CHUNK,
+    SMALL,
+    _nms_cpu,
+    _nms_padded_cpu,
+    _overlaps,
+    _table,
+    batched_nms,
+    nms,
+    nms_padded,
+)
 
 #: Not the ratio of small whole numbers, so no IoU of the random boxes lies on a threshold.
 THRESHOLDS = (0.0, 1 / math.pi, 1 / math.sqrt(2), 1.0)
@@ -104,6 +118,198 @@ def test_iou_is_that_of_boxes_to_the_bit() -> None:
     table = _table(boxes)
     for threshold in iou[iou > 0][::1009].tolist():
         assert torch.equal(_overlaps(table, table, threshold), iou > threshold)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-15, 3e-19, 1e15, 1.8e19])
+@pytest.mark.parametrize("between", [0, 63, KERNEL_CHUNK - 1])
+def test_pairs_on_the_threshold(between: int, scale: float, device: torch.device) -> None:
+    # A box and its copy moved by d have IoU (w - d) / (w + d); some ulp more or less put it on either side. The boxes
+    # between them leave the second in the first's word, or put it into a later word, or into the next chunk. The
+    # smallest areas are 2e-38, near the end of the normal numbers; the largest 3e38, and the sum of two overflows.
+    problems, filler = {0: (1500, 0.0), 63: (300, 0.0), KERNEL_CHUNK - 1: (12, math.nan)}[between]
+    generator = torch.Generator().manual_seed(between)
+    sides = set()
+    for threshold in (0.5, 0.7, 1 / 3, 0.05, 1e-3):
+        corner = torch.rand(problems, 2, generator=generator) * 2 * scale
+        extent = (0.5 + torch.rand(problems, 2, generator=generator) / 2) * scale
+        first = torch.cat((corner, corner + extent), dim=1)
+        second = first.clone()
+        second[:, ::2] += (extent[:, 0] * (1 - threshold) / (1 + threshold))[:, None]
+        ulp = torch.randint(-2, 3, (problems, 4), generator=generator, dtype=torch.int32)
+        second = (second.view(torch.int32) + ulp).view(torch.float32)
+        expected = geometry.iou(first, second) > threshold
+        fillers = torch.full((problems, between, 4), filler)
+        boxes = torch.cat((first[:, None], fillers, second[:, None]), dim=1).to(device)
+        count = torch.full((problems,), between + 2, device=device)
+        keep, kept = nms_padded(boxes, count, threshold, between + 2)
+        last = keep.gather(1, kept[:, None] - 1).squeeze(1).cpu()
+        assert torch.equal(last != between + 1, expected)
+        sides |= set(expected.tolist())
+    assert sides == {False, True}
+
+
+def test_a_box_just_not_struck_by_the_last_is_struck_by_an_earlier_one(device: torch.device) -> None:
+    # On a line: the first spans 1..4, the second 0..2, the last 0..4. IoU of last and first 3 / 4, of last and second
+    # 2 / 4 exactly, of first and second 1 / 4. Empty boxes put the last behind the first word.
+    line = torch.tensor([[1.0, 0, 4, 1], [0, 0, 2, 1], *([[0.0, 0, 0, 0]] * 70), [0, 0, 4, 1]], device=device)
+    assert nms(line, torch.ones(73, device=device), 0.5).tolist() == list(range(72))
+    assert nms(line[1:], torch.ones(72, device=device), 0.5).tolist() == list(range(72))
+
+
+@pytest.mark.parametrize("count", [1000, KERNEL_CHUNK - 1, KERNEL_CHUNK, KERNEL_CHUNK + 1, 2 * KERNEL_CHUNK + 1])
+def test_large_problems(count: int, device: torch.device) -> None:
+    # About a third is kept on the small field, nearly all on the large one.
+    for side in (2 * math.isqrt(count), 100 * math.isqrt(count)):
+        boxes, scores = random_boxes(count, side, side), random_scores(count, side)
+        boxes[:, 2:] = boxes[:, :2] + (boxes[:, 2:] - boxes[:, :2]) % 40
+        boxes[7::501, 2] = math.nan
+        expected = _nms_cpu(boxes, scores, None, THRESHOLDS[1])
+        assert torch.equal(nms(boxes.to(device), scores.to(device), THRESHOLDS[1]).cpu(), expected)
+
+
+def test_large_problems_in_a_batch(device: torch.device) -> None:
+    rows = 2 * KERNEL_CHUNK + 70
+    boxes = torch.stack([random_boxes(rows, seed, 300) for seed in range(5)])
+    boxes[..., 2:] = boxes[..., :2] + (boxes[..., 2:] - boxes[..., :2]) % 30
+    count = torch.tensor([0, KERNEL_CHUNK, rows, 2 * KERNEL_CHUNK + 1, 100])
+    boxes[2, KERNEL_CHUNK : 2 * KERNEL_CHUNK] = math.nan
+    # The capacity is reached in the first chunk, in a later one, on the last box, or not at all.
+    whole = int(_nms_padded_cpu(boxes, count, THRESHOLDS[1], rows)[1][3])
+    for most in (1, 65, whole - 1, whole, rows):
+        expected = _nms_padded_cpu(boxes, count, THRESHOLDS[1], most)
+        found = nms_padded(boxes.to(device), count.to(device), THRESHOLDS[1], most)
+        assert torch.equal(found[0].cpu(), expected[0])
+        assert torch.equal(found[1].cpu(), expected[1])
+
+
+def of_every_size() -> tuple[Tensor, Tensor, Tensor]:
+    """Classes of sizes on either side of what gets a warp, a block, and several launches."""
+    sizes = [1, 2, 31, 32, 33, 64, 65, SMALL, SMALL + 1, KERNEL_CHUNK, KERNEL_CHUNK + 1]
+    names = torch.tensor([-(2**63), -5, -1, 0, 1, 2**63 - 1, 2**40, 7, 90, 3, 4])
+    groups = names.repeat_interleave(torch.tensor(sizes))
+    groups = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(2))]
+    boxes, scores = random_boxes(len(groups), 3, 150), random_scores(len(groups), 3)
+    boxes[5::301, 0] = math.inf
+    return boxes, scores, groups
+
+
+def test_classes_of_every_size_and_name(device: torch.device) -> None:
+    boxes, scores, groups = of_every_size()
+    expected = _nms_cpu(boxes, scores, groups, THRESHOLDS[1])
+    found = batched_nms(boxes.to(device), scores.to(device), groups.to(device), THRESHOLDS[1])
+    assert torch.equal(found.cpu(), expected)
+    # Classes of one box each keep all that is finite.
+    alone = batched_nms(boxes.to(device), scores.to(device), torch.arange(len(boxes), device=device) - 9, 0.0)
+    assert len(alone) == int(boxes.isfinite().all(dim=1).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64])
+def test_classes_of_every_integer_type(dtype: torch.dtype, device: torch.device) -> None:
+    boxes, scores = random_boxes(90, 4).to(device), random_scores(90, 4).to(device)
+    groups = torch.arange(90, device=device) % 3
+    assert torch.equal(batched_nms(boxes, scores, groups.to(dtype), 0.3), batched_nms(boxes, scores, groups, 0.3))
+
+
+def test_scores_that_are_not_a_number_come_first(device: torch.device) -> None:
+    scores = torch.tensor([1.0, math.nan, math.inf, -math.nan, 2.0, -math.inf]).repeat(400)
+    boxes = torch.arange(2400.0)[:, None] * 20 + torch.tensor([0.0, 0, 9, 9])
+    expected = [i for places in ((1, 3), (2,), (4,), (0,), (5,)) for i in range(2400) if i % 6 in places]
+    assert nms(boxes.to(device), scores.to(device), 0.5).tolist() == expected
+
+
+def test_any_strides_and_inputs_unmodified(device: torch.device) -> None:
+    boxes, scores = random_boxes(400, 6).to(device), random_scores(400, 6).to(device)
+    groups = torch.arange(400, device=device) % 3
+    padded, count = boxes.view(4, 100, 4), torch.tensor([0, 99, 100, 64], device=device)
+    expected = nms(boxes, scores, 0.3), batched_nms(boxes, scores, groups, 0.3), *nms_padded(padded, count, 0.3, 70)
+
+    def strided(x: Tensor) -> Tensor:
+        return torch.stack((x, x.flip(0)), dim=-1)[..., 0]
+
+    inputs = [strided(x) for x in (boxes, scores, groups, padded, count)]
+    before = [x.clone() for x in inputs]
+    assert not any(x.is_contiguous() for x in inputs)
+    found = (
+        nms(inputs[0], inputs[1], 0.3),
+        batched_nms(inputs[0], inputs[1], inputs[2], 0.3),
+        *nms_padded(inputs[3], inputs[4], 0.3, 70),
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+@pytest.mark.emulated
+def test_any_order_of_threads_and_blocks_gives_the_same(emulator: Emulator) -> None:
+    boxes, scores, groups = of_every_size()
+    padded = random_boxes(6 * 150, 7).view(6, 150, 4)
+    count = torch.tensor([150, 0, 64, 65, 149, 1])
+    expected = (
+        _nms_cpu(boxes, scores, groups, THRESHOLDS[1]),
+        *_nms_padded_cpu(padded, count, THRESHOLDS[1], 50),
+    )
+    for seed in range(20):
+        with emulator.order(seed):
+            found = (
+                batched_nms(boxes, scores, groups, THRESHOLDS[1]),
+                *nms_padded(padded, count, THRESHOLDS[1], 50),
+            )
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+class _Watch(TorchDispatchMode):
+    """Counts the operations for which a GPU would make the host wait; the most elements that one returns."""
+
+    waits, largest = 0, 0
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.partition(".")[0]  # type: ignore[attr-defined]
+        self.waits += name in ("_local_scalar_dense", "equal", "masked_select", "nonzero", "unique_consecutive")
+        if name in ("index", "index_put_"):
+            self.waits += any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            self.largest = max(self.largest, value.numel() if isinstance(value, Tensor) else 0)
+        return result
+
+
+@pytest.mark.emulated
+def test_kernels_wait_once_for_a_ragged_result_never_for_a_padded_one(emulator: Emulator) -> None:
+    rows = 2 * KERNEL_CHUNK
+    boxes, scores = random_boxes(rows, 5, 200), random_scores(rows, 5)
+    groups, count = torch.arange(rows) % 7, torch.tensor([rows])
+    for waits, call in (
+        (1, lambda: nms(boxes, scores, 0.5)),
+        (1, lambda: batched_nms(boxes, scores, groups, 0.5)),
+        (0, lambda: nms_padded(boxes[None], count, 0.5, 1000)),
+    ):
+        with _Watch() as watch:
+            call()
+        assert watch.waits == waits
+        # Nothing is made for each pair: the boxes, and the ranges of the classes, are the largest.
+        assert watch.largest <= 6 * rows
+
+
+@pytest.mark.emulated
+def test_double_precision_is_refused_by_the_kernels(emulator: Emulator) -> None:
+    boxes, zeros = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3)
+    message = "boxes must be float32, bfloat16 or float16 on a GPU, got torch.float64"
+    for call in (
+        lambda: nms(boxes, zeros, 0.5),
+        lambda: batched_nms(boxes, zeros, zeros.long(), 0.5),
+        lambda: nms_padded(boxes[None], torch.tensor([3]), 0.5, 3),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_refuses_tensors_on_two_devices() -> None:
+    boxes, zeros = torch.zeros(3, 4), torch.zeros(3)
+    with pytest.raises(ValueError, match="scores must be on cpu, where boxes is, got meta"):
+        nms(boxes, zeros.to("meta"), 0.5)
+    with pytest.raises(ValueError, match="idxs must be on cpu, where boxes is, got meta"):
+        batched_nms(boxes, zeros, zeros.long().to("meta"), 0.5)
+    with pytest.raises(ValueError, match="count must be on cpu, where boxes is, got meta"):
+        nms_padded(boxes[None], torch.zeros(1).long().to("meta"), 0.5, 3)
 
 
 @pytest.mark.parametrize("rows", [1, 20, 64, 90])

@@ -23,9 +23,10 @@ PAIRS = 1 << 18
 KERNEL_CHUNK = 2048
 #: Most boxes of a problem that gets one warp.
 SMALL = 128
-#: Blocks that strike the chunks of large problems together: about one for each multiprocessor of a large GPU.
-BLOCKS = 128
+#: Most threads of a block.
 THREADS = 512
+#: Blocks, and warps, that keep a large GPU busy: problems are cut into slices, or get fewer warps, to make so many.
+BLOCKS, WARPS = 128, 4096
 
 SOURCE = _launch.CudaSource("nms", CHUNK=KERNEL_CHUNK, GROUP=64, SMALL=SMALL, THREADS=THREADS)
 
@@ -46,7 +47,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         ``(n,)`` int64, indices of the kept boxes by falling score.
 
     Raises:
-        ValueError: a shape, dtype or threshold is wrong.
+        ValueError: a shape, dtype, device or threshold is wrong.
 
     Source:
         ``torchvision.ops.nms``; its CPU kernel compares with the threshold in double precision, which differs only
@@ -71,7 +72,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         ``(n,)`` int64, indices of the kept boxes of all classes by falling score, at equal scores by index.
 
     Raises:
-        ValueError: a shape, dtype or threshold is wrong.
+        ValueError: a shape, dtype, device or threshold is wrong.
 
     Source:
         The per-class loop of ``torchvision.ops.batched_nms``. No coordinate is shifted, so none loses precision.
@@ -79,6 +80,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     _check(boxes, scores, iou_threshold)
     if idxs.shape != scores.shape:
         raise ValueError(f"idxs must have shape ({len(boxes)},), got {tuple(idxs.shape)}")
+    _check_device("idxs", idxs, boxes)
     if idxs.is_floating_point() or idxs.is_complex():
         raise ValueError(f"idxs must have an integer dtype, got {idxs.dtype}")
     if _launch.uses_kernels(boxes):
@@ -100,12 +102,13 @@ def nms_padded(boxes: Tensor, count: Tensor, iou_threshold: float, max_output: i
         of them are in use.
 
     Raises:
-        ValueError: a shape, dtype, threshold or capacity is wrong.
+        ValueError: a shape, dtype, device, threshold or capacity is wrong.
     """
     if boxes.dim() != 3 or boxes.shape[2] != 4:
         raise ValueError(f"boxes must have shape (Q, M, 4), got {tuple(boxes.shape)}")
     if count.shape != boxes.shape[:1]:
         raise ValueError(f"count must have shape ({boxes.shape[0]},), got {tuple(count.shape)}")
+    _check_device("count", count, boxes)
     if count.dtype != torch.int64:
         raise ValueError(f"count must be torch.int64, got {count.dtype}")
     if isinstance(max_output, bool) or not isinstance(max_output, int) or max_output < 0:
@@ -120,6 +123,7 @@ def _check(boxes: Tensor, scores: Tensor, iou_threshold: float) -> None:
         raise ValueError(f"boxes must have shape (N, 4), got {tuple(boxes.shape)}")
     if scores.shape != boxes.shape[:1]:
         raise ValueError(f"scores must have shape ({boxes.shape[0]},), got {tuple(scores.shape)}")
+    _check_device("scores", scores, boxes)
     if not scores.is_floating_point():
         raise ValueError(f"scores must have a floating point dtype, got {scores.dtype}")
     _check_boxes(boxes, iou_threshold)
@@ -130,6 +134,11 @@ def _check_boxes(boxes: Tensor, iou_threshold: float) -> None:
         raise ValueError(f"boxes must have a floating point dtype, got {boxes.dtype}")
     if not 0 <= iou_threshold <= 1:
         raise ValueError(f"iou_threshold must lie in 0..1, got {iou_threshold}")
+
+
+def _check_device(name: str, tensor: Tensor, boxes: Tensor) -> None:
+    if tensor.device != boxes.device:
+        raise ValueError(f"{name} must be on {boxes.device}, where boxes is, got {tensor.device}")
 
 
 def _nms_cpu(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float) -> Tensor:
@@ -269,8 +278,7 @@ def _batched_cuda(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: fl
     table = _float32(boxes[order[by_group]])
     ranges = torch.empty((3, rows, 2), dtype=torch.int32, device=boxes.device)
     slots = torch.zeros(3, dtype=torch.int32, device=boxes.device)
-    threads = 256
-    _launch.launch(SOURCE, "nms_ranges", -(-rows // threads), threads, (group, np.int32(rows), ranges, slots))
+    _launch.launch(SOURCE, "nms_ranges", -(-rows // THREADS), THREADS, (group, np.int32(rows), ranges, slots))
     kept = torch.full_like(order, -1)
     # A list has as many places as there could be ranges of its size.
     for which, (least, longest) in enumerate(((1, SMALL), (SMALL + 1, KERNEL_CHUNK), (KERNEL_CHUNK + 1, rows))):
@@ -303,12 +311,12 @@ def _solve_cuda(
         standing = torch.full((problems, KERNEL_CHUNK // 32), -1, dtype=torch.int32, device=kept.device)
         arrived = torch.zeros(problems, dtype=torch.int32, device=kept.device)
     capacity = min(rows, KERNEL_CHUNK)
-    threads = -(-capacity // SMALL) * 32
+    warps = max(1, min(THREADS // 32, -(-capacity // SMALL), WARPS // max(1, problems)))
     for first in range(0, rows, KERNEL_CHUNK):
         numbers = (np.int32(first), np.int32(capacity), np.float32(iou_threshold))
         slices = max(1, BLOCKS // max(1, problems)) if first else 1
         arguments = (*inputs, *numbers, kept, found, standing, arrived)
-        _launch.launch(SOURCE, kernel, (problems, slices), threads, arguments, shared=20 * capacity)
+        _launch.launch(SOURCE, kernel, (problems, slices), 32 * warps, arguments, shared=20 * capacity)
     return found
 
 
