@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rcnn import boxes as box
-from rcnn.kernels import matching
+from rcnn.kernels import matching_cpu
 from rcnn.kernels.matching import match
 
 EPS = torch.finfo(torch.float32).eps
@@ -77,15 +77,15 @@ def test_random_equals_the_oracle(counts: list[int], shared: bool, high: float, 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("shared", [True, False])
 def test_many_tiles_and_slabs_equal_the_oracle(monkeypatch: pytest.MonkeyPatch, shared: bool, seed: int) -> None:
-    monkeypatch.setattr(matching, "TILE", 8)
-    monkeypatch.setattr(matching, "_PAIRS", 64)
+    monkeypatch.setattr(matching_cpu, "TILE", 8)
+    monkeypatch.setattr(matching_cpu, "_PAIRS", 64)
     boxes = random_boxes(3 * 101, seed)
     boxes = boxes[:101] if shared else boxes.reshape(3, 101, 4)
     check(boxes, random_truth([7, 0, 20], seed + 50, padding=3), 0.5, 0.3, True)
 
 
 def test_more_than_one_tile_of_full_size() -> None:
-    boxes = random_boxes(2 * matching.TILE + 1, 3)
+    boxes = random_boxes(2 * matching_cpu.TILE + 1, 3)
     check(boxes, random_truth([4, 5], 8), 0.7, 0.3, True)
 
 
@@ -231,7 +231,7 @@ def test_the_matrix_is_never_built() -> None:
     with _Largest() as largest:
         labels, matched = match(boxes, *truth, high_threshold=0.9, low_threshold=0.3, allow_low_quality_matches=True)
     # One tile against all 5,000 rows is the least that the CPU body can take at once.
-    assert largest.elements <= 5_000 * matching.TILE < count * 5_000 / 10
+    assert largest.elements <= 5_000 * matching_cpu.TILE < count * 5_000 / 10
     assert ((labels == 1) == (matched >= 0)).all()
 
 

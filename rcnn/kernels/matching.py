@@ -1,18 +1,15 @@
 """Matching: which ground-truth box each anchor or proposal belongs to, and which of them enter the losses."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rcnn import boxes as box
+from rcnn.kernels.matching_cpu import match_cpu
 from rcnn.kernels.sampling import ANCHORS, PROPOSALS, image_keys, sample
 from rcnn.structures import AnchorSamples, Proposals, Samples, Targets
 
-#: Boxes in one tile of the matcher; ground truth that misses the bounding box of a tile is never compared with it.
-TILE = 256
-#: Pairs of a box and a ground-truth box that the CPU body compares at once.
-_PAIRS = 1 << 18
 #: Labels that the CPU body of :func:`match_anchors` holds at once.
 _LABELS = 1 << 19
 
@@ -61,7 +58,7 @@ def match(
     _check_thresholds(high_threshold, low_threshold)
     if boxes.dim() not in (2, 3) or boxes.shape[-1] != 4 or (boxes.dim() == 3 and boxes.shape[0] != images):
         raise ValueError(f"boxes must have shape (N, 4) or ({images}, N, 4), got {tuple(boxes.shape)}")
-    return _match_cpu(
+    return match_cpu(
         boxes.detach(),
         gt_boxes.detach(),
         gt_labels,
@@ -128,7 +125,7 @@ def match_anchors(
     for start in range(0, images, group):
         stop = min(start + group, images)
         outside = None if allowed_border is None else _outside(anchors, targets.image_sizes[start:stop], allowed_border)
-        labels, matched = _match_cpu(
+        labels, matched = match_cpu(
             anchors if outside is None else anchors.masked_fill(outside[..., None], 0.0),
             targets.boxes,
             targets.labels,
@@ -194,7 +191,7 @@ def match_proposals(
     if len(box_weights) != 4:
         raise ValueError(f"box_weights must be 4 numbers, got {tuple(box_weights)}")
     candidates, in_use = _with_ground_truth(proposals, targets)
-    labels, matched = _match_cpu(
+    labels, matched = match_cpu(
         candidates, targets.boxes, targets.labels, targets.offsets, high_threshold, low_threshold, False
     )
     labels = torch.where(in_use, labels, -1)
@@ -248,131 +245,6 @@ def _check_sampling(step: Tensor, batch_size_per_image: int, positive_fraction: 
         raise ValueError(f"batch_size_per_image must be at least 1, got {batch_size_per_image}")
     if not 0 <= positive_fraction <= 1:
         raise ValueError(f"positive_fraction must be in 0..1, got {positive_fraction}")
-
-
-def _match_cpu(
-    boxes: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    gt_offsets: Tensor,
-    high_threshold: float,
-    low_threshold: float,
-    low_quality: bool,
-) -> tuple[Tensor, Tensor]:
-    images, count = gt_offsets.shape[0] - 1, boxes.shape[-2]
-    if count == 0:
-        return gt_labels.new_zeros(images, 0), gt_labels.new_zeros(images, 0)
-    tiles = _Tiles(boxes, images)
-    truth = _Truth(gt_boxes, gt_offsets)
-    best = tiles.full(0.0, torch.float32)
-    matched = tiles.full(-1, torch.int64)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for tile, rows in tiles.meetings(truth, gt_labels > 0):
-        iou = box.iou(tiles.boxes(tile)[:, None], truth.boxes[rows][:, :, None])
-        values, slot = iou.max(dim=1)
-        best[tile] = values
-        matched[tile] = rows.gather(1, slot)
-        if low_quality:
-            found.append((tile[:, None].expand_as(rows).reshape(-1), rows.reshape(-1), iou.amax(dim=2).reshape(-1)))
-    labels = (best >= high_threshold).to(torch.int64) - ((best < high_threshold) & (best >= low_threshold)).to(
-        torch.int64
-    )
-    if found:
-        _low_quality(labels, tiles, truth, *(torch.cat(part) for part in zip(*found, strict=True)))
-    for tile, rows in tiles.meetings(truth, gt_labels < 0):
-        held = tiles.boxes(tile)[:, None]
-        inside = box.intersection(held, truth.boxes[rows][:, :, None])
-        covered = ((inside > 0) & (inside >= 0.5 * box.area(held))).any(dim=1)
-        labels[tile] = torch.where(covered & (labels[tile] == 0), -1, labels[tile])
-    matched = torch.where(labels == 1, matched, -1)
-    return (
-        labels.reshape(images, -1)[:, :count].contiguous(),
-        matched.reshape(images, -1)[:, :count].contiguous(),
-    )
-
-
-def _low_quality(labels: Tensor, tiles: "_Tiles", truth: "_Truth", tile: Tensor, row: Tensor, reached: Tensor) -> None:
-    """Set the label of the best boxes of each ground-truth row to 1; ``reached`` is the best IoU of row in tile."""
-    best = reached.new_zeros(truth.boxes.shape[0]).scatter_reduce_(0, row, reached, "amax")
-    # Only the tiles that hold a best box are compared again; the same arithmetic gives the same bits.
-    winners = ((reached > 0) & (reached == best[row])).nonzero().squeeze(1)
-    for part in winners.split(max(1, _PAIRS // tiles.size)):
-        iou = box.iou(tiles.boxes(tile[part]), truth.boxes[row[part]][:, None])
-        pair, place = (iou == best[row[part]][:, None]).nonzero(as_tuple=True)
-        labels[tile[part][pair], place] = 1
-
-
-class _Truth:
-    """Ground truth with a zero box appended as the row of no box, and the image of each row (-1 for padding)."""
-
-    def __init__(self, gt_boxes: Tensor, gt_offsets: Tensor) -> None:
-        padded = torch.cat((gt_boxes.to(torch.float32), gt_boxes.new_zeros(1, 4, dtype=torch.float32)))
-        # Coordinates apart, so that a column is contiguous. The area is finite only if all coordinates are.
-        self.boxes = torch.where(box.area(padded).isfinite(), padded.t(), 0.0).t()
-        rows = torch.arange(gt_boxes.shape[0], device=gt_boxes.device)
-        image = torch.searchsorted(gt_offsets, rows, right=True) - 1
-        self.image = torch.where(image < gt_offsets.shape[0] - 1, image, -1)
-
-
-class _Tiles:
-    """Boxes cut into tiles of neighbours, each with its bounding box; the last tile repeats the last box."""
-
-    def __init__(self, boxes: Tensor, images: int) -> None:
-        count = boxes.shape[-2]
-        self.size = min(TILE, count)
-        self.per_image = -(-count // self.size)
-        self.images = images
-        self.shared = boxes.dim() == 2
-        boxes = boxes.to(torch.float32).reshape(-1, count, 4)
-        missing = self.per_image * self.size - count
-        if missing:
-            boxes = torch.cat((boxes, boxes[:, -1:].expand(-1, missing, 4)), dim=1)
-        corners = boxes.permute(2, 0, 1).contiguous().reshape(4, -1, self.size)
-        self.corners = torch.where(box.area(corners.movedim(0, -1)).isfinite(), corners, 0.0)
-        self.low = self.corners[:2].amin(dim=2)
-        self.high = self.corners[2:].amax(dim=2)
-
-    def full(self, value: float, dtype: torch.dtype) -> Tensor:
-        """A ``(tiles of all images, size)`` tensor of one value."""
-        return torch.full((self.images * self.per_image, self.size), value, dtype=dtype, device=self.corners.device)
-
-    def boxes(self, tile: Tensor) -> Tensor:
-        """``(n, size, 4)`` boxes of the tiles, numbered over all images."""
-        return self.corners[:, tile % self.per_image if self.shared else tile].movedim(0, -1)
-
-    def meetings(self, truth: _Truth, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tiles ``(n,)`` and, padded by the zero box, the chosen ground truth ``(n, m)`` that meets their bounding box.
-
-        Each tile comes once, with its rows rising; tiles with about as many rows come together.
-        """
-        nobody = truth.boxes.shape[0] - 1
-        chosen = (chosen & (truth.image >= 0)).nonzero().squeeze(1)
-        pairs = []
-        for rows in chosen.split(max(1, _PAIRS // self.per_image)):
-            low, high = self.low.reshape(2, -1, self.per_image), self.high.reshape(2, -1, self.per_image)
-            if not self.shared:
-                low, high = low[:, truth.image[rows]], high[:, truth.image[rows]]
-            corners = truth.boxes[rows].t()[:, :, None]
-            meets = (torch.minimum(high, corners[2:]) > torch.maximum(low, corners[:2])).all(dim=0)
-            row, place = meets.nonzero(as_tuple=True)
-            pairs.append((rows[row], truth.image[rows[row]] * self.per_image + place))
-        if not pairs:
-            return
-        row, tile = (torch.cat(part) for part in zip(*pairs, strict=True))
-        tile, order = tile.sort(stable=True)
-        row = row[order]
-        tile, counts = tile.unique_consecutive(return_counts=True)
-        first = counts.cumsum(0) - counts
-        order = counts.argsort(descending=True)
-        tile, counts, first = tile[order], counts[order], first[order]
-        start, most = 0, counts.tolist()
-        while start < len(most):
-            width = most[start]
-            stop = start + max(1, _PAIRS // (width * self.size))
-            slot = torch.arange(width, device=row.device)
-            source = (first[start:stop, None] + slot).clamp_(max=row.shape[0] - 1)
-            yield tile[start:stop], torch.where(slot < counts[start:stop, None], row[source], nobody)
-            start = stop
 
 
 def _outside(anchors: Tensor, image_sizes: Tensor, border: float) -> Tensor:
