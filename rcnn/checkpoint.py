@@ -1,10 +1,13 @@
 """Checkpoints: weights as safetensors with JSON metadata, training state as tensors and plain containers.
 
+Both carry a checksum (SHA-256), so that a file that was torn or damaged is never taken for a whole one.
+
 A model file is self-contained: it carries the model's configuration and the class names, so that it can be loaded with
 no other file at hand. Nothing here runs code from a file: safetensors holds none, and pickles are read with
 ``weights_only=True``. Files are replaced in one step, so that a full disk or a kill leaves the previous one whole.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -27,10 +30,11 @@ from rcnn.files import atomic_write, finite
 FORMAT_VERSION = 1
 
 #: The files of a run folder.
-MODEL_BEST, MODEL_LAST, STATE_LAST = "model_best.safetensors", "model_last.safetensors", "state_last.pt"
+MODEL_BEST, MODEL_LAST = "model_best.safetensors", "model_last.safetensors"
 
 _KEY = "rcnn"
 _WRAPPERS = ("model", "state_dict")
+_SEAL, _SEAL_SIZE = b"\nsha256 ", 8 + 64  # ends a training state, which torch.load reads all the same
 _LISTED = 4
 
 
@@ -74,8 +78,6 @@ def save(
     Raises:
         CheckpointError: the file cannot be written; one that was there before is whole.
     """
-    content = {"version": FORMAT_VERSION, "config": config, "classes": classes, "extra": extra or {}}
-    metadata = {"format": "pt", _KEY: json.dumps(finite(content), allow_nan=False)}
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model_state.items():
@@ -84,6 +86,14 @@ def save(
         storage = tensor.untyped_storage().data_ptr()
         state[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
+    content = {
+        "version": FORMAT_VERSION,
+        "config": config,
+        "classes": classes,
+        "extra": extra or {},
+        "sha256": _digest(state),
+    }
+    metadata = {"format": "pt", _KEY: json.dumps(finite(content), allow_nan=False)}
     _write(path, safetensors.torch.save(state, metadata))
 
 
@@ -91,7 +101,8 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a file that :func:`save` wrote.
 
     Raises:
-        CheckpointError: the file is missing, empty, truncated, no checkpoint of this project, or of a later version.
+        CheckpointError: the file is missing, empty, truncated, damaged, no checkpoint of this project, or of a later
+            version.
     """
     if Path(path).suffix in (".pt", ".pth"):
         raise CheckpointError(
@@ -117,6 +128,8 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     plain = isinstance(config, dict) and isinstance(extra, dict) and isinstance(version, int) and version >= 1
     if not plain or not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise CheckpointError(f"{path} has damaged metadata: version, config, classes or extra has the wrong type")
+    if content.get("sha256", digest := _digest(state)) != digest:
+        raise CheckpointError(f"{path} is damaged: its tensors do not have the checksum that they were written with")
     return Checkpoint(state, config, classes, extra)
 
 
@@ -178,7 +191,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], path: str | os.Path
 
 
 def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write the state of a training run (optimiser, schedule, step, generators) in one step.
+    """Write the state of a training run (optimiser, schedule, step, generators) in one step, a checksum at its end.
 
     Args:
         path: file to write, ``.pt``; its folder exists.
@@ -192,6 +205,7 @@ def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     # Through memory: when a file's write fails, torch.save reports a broken archive instead of the full disk.
     buffer = io.BytesIO()
     torch.save(state, buffer)
+    buffer.write(_SEAL + hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
     _write(path, buffer.getbuffer())
 
 
@@ -199,12 +213,29 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a file that :func:`save_state` wrote; tensors come to the CPU.
 
     Raises:
-        CheckpointError: the file is missing, empty, truncated, holds code, or is no training state.
+        CheckpointError: the file is missing, empty, torn or damaged, holds code, or is no training state.
     """
+    check_seal(path)
     state = _read_pickle(path)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} must hold a training state (a dict), got a {type(state).__name__}")
     return state
+
+
+def check_seal(path: str | os.PathLike[str]) -> None:
+    """Compare the checksum at the end of a training state with the content before it.
+
+    Raises:
+        CheckpointError: they differ, or there is none: the file is torn, damaged, or none of :func:`save_state`.
+    """
+    _check_file(path)
+    digest, left = hashlib.sha256(), Path(path).stat().st_size - _SEAL_SIZE
+    with open(path, "rb") as file:
+        while left > 0 and (piece := file.read(min(left, 1 << 20))):
+            digest.update(piece)
+            left -= len(piece)
+        if file.read() != _SEAL + digest.hexdigest().encode():
+            raise CheckpointError(f"{path} is torn or damaged, or no training state: its checksum does not fit it")
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -246,6 +277,14 @@ def _write(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
         atomic_write(Path(path), write)
     except OSError as error:
         raise CheckpointError(f"{path} could not be written, and is as it was before: {_reason(error)}") from error
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _check_file(path: str | os.PathLike[str]) -> None:

@@ -107,13 +107,20 @@ class OptimConfig:
         lr: learning rate for ``base_batch_size`` images per step; scaled in proportion to the images that a step has.
         base_batch_size: images per step that ``lr`` is meant for; 0 takes ``lr`` as it is.
         momentum: of SGD.
-        weight_decay: of the weights; norms and biases included.
+        weight_decay: of the weights.
+        decay_norms: whether norms and biases (parameters of one dimension) decay, too.
+        lr_factors: start of parameters' names and factor on their learning rate, as ``{backbone.body: 0.1}``; the
+            longest start counts.
         schedule: cosine to zero; multistep at ``milestones``; step every ``step_size`` epochs.
+        cycles: of the cosine; each begins at the full rate again (warm restarts).
         warmup: share of all steps over which the learning rate rises from zero.
         milestones: shares of all steps at which multistep multiplies by ``gamma``.
         step_size: epochs between two steps of the step schedule.
         gamma: factor of multistep and step.
         clip_norm: the gradient's norm is cut to this; 0 never cuts.
+        accumulate: batches whose mean gradient makes one step.
+        ema: share that the moving average of the weights keeps at each step, as 0.999; the average is what is evaluated
+            and saved as a model. 0: no average.
     """
 
     name: Literal["sgd", "adamw"] | None = None
@@ -121,12 +128,17 @@ class OptimConfig:
     base_batch_size: int | None = None
     momentum: float = 0.9
     weight_decay: float | None = None
+    decay_norms: bool = True
+    lr_factors: dict[str, float] = field(default_factory=dict)
     schedule: Literal["cosine", "multistep", "step"] | None = None
+    cycles: int = 1
     warmup: float | None = None
     milestones: list[float] = field(default_factory=lambda: [16 / 26, 22 / 26])
     step_size: int = 1
     gamma: float | None = None
     clip_norm: float | None = None
+    accumulate: int = 1
+    ema: float = 0.0
 
 
 @dataclass
@@ -134,7 +146,7 @@ class LoaderConfig:
     """How images reach the network.
 
     Args:
-        batch_size: images per step and process.
+        batch_size: images per batch and process; auto: the most that fit on the GPU.
         workers: loading processes; -1: one for every two cores, at most 8.
         flip: probability of a horizontal flip in training.
         vertical_flip: probability of a vertical flip in training.
@@ -142,7 +154,7 @@ class LoaderConfig:
         scale: range of the random zoom in training, as a factor on ``min_size``.
     """
 
-    batch_size: int | None = None
+    batch_size: int | Literal["auto"] | None = None
     workers: int = -1
     flip: float = 0.5
     vertical_flip: float = 0.0
@@ -162,11 +174,18 @@ class TrainConfig:
         epochs: times that each training image is seen.
         seed: of initial weights, order, augmentation and sampling.
         device: where to train; auto takes a GPU if there is one.
-        resume: go on from the run folder's last checkpoint.
+        resume: go on from the run folder's last checkpoint; auto: if there is one, else begin.
         strict: stop at the first bad image or object instead of skipping and reporting it.
         one_based: VOC corners count from 1 and include both ends (the format's rule); false: taken as they are.
         val_interval: epochs between two evaluations; the last epoch is always evaluated.
         log_interval: steps between two lines of the log.
+        save_interval: steps between two checkpoints within an epoch; 0: only when the steps of an epoch are done.
+        keep: training states that are kept, the newest ones.
+        max_time: minutes after which the run saves a checkpoint and ends with exit code 75; 0: no limit.
+        patience: evaluations in a row without a better AP after which training ends; 0: never.
+        max_bad_steps: steps with a loss or gradient that is not finite which are skipped; one more ends the run.
+        deterministic: only algorithms that give the same bits each time.
+        sync_bn: BatchNorm takes its statistics over the batches of all processes.
         model: the detector.
         optim: optimiser and learning rate.
         loader: batches and augmentation.
@@ -179,11 +198,18 @@ class TrainConfig:
     epochs: int | None = None
     seed: int = 0
     device: str = "auto"
-    resume: bool = False
+    resume: bool | Literal["auto"] = False
     strict: bool = False
     one_based: bool = True
     val_interval: int = 1
     log_interval: int = 10
+    save_interval: int = 0
+    keep: int = 2
+    max_time: float = 0.0
+    patience: int = 0
+    max_bad_steps: int = 0
+    deterministic: bool = False
+    sync_bn: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -326,6 +352,17 @@ def given(value: _T | None) -> _T:
     return value
 
 
+def images_per_batch(config: LoaderConfig) -> int:
+    """The batch size as a number.
+
+    Raises:
+        ValueError: it is not set, or is ``auto``, which training turns into a number first.
+    """
+    if not isinstance(config.batch_size, int):
+        raise ValueError(f"loader.batch_size must be a number by now, got {config.batch_size}")
+    return config.batch_size
+
+
 def resolve_model(config: ModelConfig) -> ModelConfig:
     """The model's part of :func:`resolve`."""
     return resolve(TrainConfig(model=config)).model
@@ -348,6 +385,7 @@ def _check(config: TrainConfig) -> None:
         "loader.flip": loader.flip,
         "loader.vertical_flip": loader.vertical_flip,
         "loader.color": loader.color,
+        "optim.ema": optim.ema,
     }
     for name, value in fractions.items():
         if not 0 <= given(value) <= 1:
@@ -367,7 +405,10 @@ def _check(config: TrainConfig) -> None:
         "model.roi.low_threshold": model.roi.low_threshold,
         "model.roi.batch_size_per_image": model.roi.batch_size_per_image,
         "model.roi.detections_per_image": model.roi.detections_per_image,
-        "loader.batch_size": loader.batch_size,
+        "keep": config.keep,
+        "loader.batch_size": 1 if loader.batch_size == "auto" else loader.batch_size,
+        "optim.accumulate": optim.accumulate,
+        "optim.cycles": optim.cycles,
         "optim.lr": optim.lr,
         "optim.step_size": optim.step_size,
         "optim.gamma": optim.gamma,
@@ -383,6 +424,11 @@ def _check(config: TrainConfig) -> None:
         "optim.momentum": optim.momentum,
         "optim.weight_decay": optim.weight_decay,
         "optim.clip_norm": optim.clip_norm,
+        "each of optim.lr_factors": min(optim.lr_factors.values(), default=0),
+        "save_interval": config.save_interval,
+        "max_time": config.max_time,
+        "patience": config.patience,
+        "max_bad_steps": config.max_bad_steps,
     }
     for name, value in not_below_zero.items():
         if not 0 <= given(value) < math.inf:

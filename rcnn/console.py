@@ -1,6 +1,7 @@
 """What the commands share: a parser that names the nearest option, errors as one sentence, tables."""
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -17,8 +18,9 @@ from rcnn.data.dataset import DetectionDataset
 #: How a problem that a reader could get past ends.
 _KINDS = ("image skipped", "object skipped", "box clipped")
 
-#: Exit code after Ctrl-C, as the shell's own.
-INTERRUPTED = 130
+#: Exit code after Ctrl-C, as the shell's own; and after SIGTERM, SIGUSR1 or the end of the time given, when the run can
+#: be resumed: sysexits.h's "temporary failure, try again".
+INTERRUPTED, PREEMPTED = 130, 75
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -55,17 +57,18 @@ class Parser(jsonargparse.ArgumentParser):
         return {dest: action for dest, action in actions.items() if dest not in groups}
 
     def _switches(self, words: list[str]) -> list[str]:
-        # A switch may stand alone: --resume means --resume true.
+        # A switch may stand alone: --resume means --resume true. A hyphen in a name is as good as an underscore.
+        words = ["--" + word[2:].replace("-", "_") if re.fullmatch(r"--[\w.\-]+", word) else word for word in words]
         switches = {
             name
             for action in self._actions
-            if getattr(action, "_typehint", None) is bool
+            if bool in ((hint := getattr(action, "_typehint", None)), *get_args(hint))
             for name in action.option_strings
         }
         filled = []
         for word, following in zip_longest(words, words[1:], fillvalue=""):
             filled.append(word)
-            if word in switches and following.lower() not in ("true", "false", "yes", "no"):
+            if word in switches and following.lower() not in ("true", "false", "yes", "no", "auto"):
                 filled.append("true")
         return filled
 
@@ -114,8 +117,9 @@ def run(prog: str, main: Callable[[], None]) -> None:
 
 
 def fail(prog: str, sentence: str, code: int = 1) -> NoReturn:
-    """End the process with a sentence on stderr and an exit code."""
-    sys.stderr.write(f"{prog}: {sentence}\n")
+    """End the process with a sentence on stderr, which names the process if there are several, and an exit code."""
+    who = f"{prog}, rank {os.environ['RANK']}" if "RANK" in os.environ else prog
+    sys.stderr.write(f"{who}: {sentence}\n")
     sys.exit(code)
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 _T = TypeVar("_T")
 
@@ -137,15 +137,95 @@ def copy_from_first(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor, 0)
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether ``flag`` is true on any process; the same answer on all of them."""
+def maximum(*values: int) -> list[int]:
+    """The largest of each value over the processes; the same answer on all of them."""
     if not _together():
-        return flag
+        return list(values)
     # On the CPU: nobody waits for a GPU's queue.
-    seen = torch.tensor(int(flag))
-    dist.all_reduce(seen, dist.ReduceOp.MAX)
-    return bool(seen)
+    largest = torch.tensor(values)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def mean_count(count: Tensor) -> Tensor:
+    """Mean of a count over the processes, for a loss that each of them divides by it.
+
+    The mean of such losses, and so of their gradients, is the whole batch's: ``sum(s / (n / R)) / R = sum(s) / n``.
+
+    Args:
+        count: ``()``, on this process's device.
+
+    Returns:
+        ``()`` float32; in a world of one, ``count`` itself.
+    """
+    if not _together():
+        return count
+    total = count.float()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d with the statistics of all processes' batches, on the CPU; torch's own has a body for GPUs only.
+
+    ``(x - mean) / sqrt(variance + eps) * weight + bias``; the running variance takes in the unbiased one. Every process
+    must have at least one value.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``(B, C, H, W)`` float activations."""
+        if not self.training:
+            return super().forward(x)
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        count = x.new_tensor(float(x.numel() // x.shape[1]))
+        dist.all_reduce(count)
+        mean = _sum(x.sum((0, 2, 3))) / count
+        centred = x - mean[:, None, None]
+        variance = _sum(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum or 0.0)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum or 0.0)
+            self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+def synchronize_norms(model: nn.Module) -> None:
+    """Replace each BatchNorm2d by one whose statistics are those of all processes; names and values stay.
+
+    Without other processes nothing happens.
+    """
+    if not _together():
+        return
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is not nn.BatchNorm2d:
+                continue
+            if child.weight.is_cuda:
+                setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+            else:
+                child.__class__ = SyncBatchNorm  # the same fields, another forward
 
 
 def _together() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def _sum(x: Tensor) -> Tensor:
+    return _SumOverRanks.apply(x)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sum over the processes, whose gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total

@@ -1,42 +1,33 @@
-"""Train and evaluate: the loops between the data and the model. No argument parsing and no printing here."""
+"""One step of training, and the evaluation of a data set: what lies between the data and the model.
 
+No argument parsing and no printing here.
+"""
+
+import copy
 import math
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rcnn import checkpoint, distributed
-from rcnn.config import LoaderConfig, OptimConfig, TrainConfig, given
+from rcnn import distributed
+from rcnn.config import LoaderConfig, OptimConfig, given
 from rcnn.data.dataset import DetectionDataset
-from rcnn.data.loader import Batch, Loader, make_loader
-from rcnn.detector import config_to
-from rcnn.files import write_text
+from rcnn.data.loader import DIVISOR, Batch, Loader, make_loader
 from rcnn.metrics.coco import coco_ap
 from rcnn.metrics.voc import voc_ap
 from rcnn.models.faster_rcnn import FasterRCNN
-from rcnn.tracking import Tracker
+from rcnn.optim import make_optimizer
+from rcnn.structures import Targets
 
-#: The settings of a run, every field filled in.
-CONFIG = "config.yaml"
-
-
-class Interrupted(Exception):
-    """Training was asked to stop; a checkpoint of the moment lies in the run folder."""
-
-
-class DivergedError(ValueError):
-    """A loss is not finite any more."""
+#: Ground-truth boxes per image with which a batch size is tried out, and the share of the GPU's memory it may take.
+TRIAL_BOXES, TRIAL_SHARE = 50, 0.9
 
 
 @dataclass
@@ -77,68 +68,171 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
-    """SGD with momentum or AdamW over the parameters that train."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    decay = given(config.weight_decay)
-    if config.name == "sgd":
-        return torch.optim.SGD(parameters, lr, config.momentum, weight_decay=decay, fused=True)
-    return torch.optim.AdamW(parameters, lr, weight_decay=decay, fused=True)
+@contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """Within it, with ``on``, torch takes only algorithms that give the same bits each time, or raises."""
+    if not on:
+        yield
+        return
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.benchmark,
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = before[2]
+        torch.utils.deterministic.fill_uninitialized_memory = before[3]  # type: ignore[attr-defined]
 
 
-def scaled_lr(config: OptimConfig, images_per_step: int) -> tuple[float, str]:
-    """The learning rate for a step of so many images, and the arithmetic as a sentence."""
-    lr, base = given(config.lr), given(config.base_batch_size)
-    if not base:
-        return lr, f"learning rate {lr:g}, not scaled"
-    scaled = lr * images_per_step / base
-    return scaled, f"learning rate {scaled:g} = {lr:g} x {images_per_step} images per step / {base}"
-
-
-def lr_factor(config: OptimConfig, step: int, steps: int, steps_per_epoch: int) -> float:
-    """The learning rate of a step as a share of its peak.
-
-    A linear warm-up over the first ``warmup`` of all steps times the schedule: half a cosine to zero from there on;
-    ``gamma`` at each of ``milestones``; or ``gamma`` every ``step_size`` epochs.
+class StepResult:
+    """What a step found, on its way to the host; asking for it waits for the step, and for nothing after it.
 
     Args:
-        config: the schedule.
-        step: from 0.
-        steps: of the whole run.
-        steps_per_epoch: of one epoch.
+        names: of the losses.
+        losses: ``(N,)`` float, of this process.
+        means: ``(N,)`` float, over all processes.
+        norm: ``()`` float, of the gradient before it was cut, over all parameters.
     """
-    warm_steps = round(given(config.warmup) * steps)
-    warm = min(1.0, (step + 1) / warm_steps) if warm_steps else 1.0
-    gamma = given(config.gamma)
-    if config.schedule == "cosine":
-        done = max(0, step - warm_steps) / max(1, steps - warm_steps)
-        return warm * 0.5 * (1 + math.cos(math.pi * done))
-    if config.schedule == "multistep":
-        return warm * gamma ** sum(step >= milestone * steps for milestone in config.milestones)
-    return warm * gamma ** (step // (steps_per_epoch * config.step_size))
+
+    def __init__(self, names: Sequence[str], losses: Tensor, means: Tensor, norm: Tensor) -> None:
+        self.names = list(names)
+        values = torch.cat((losses, means, norm[None]))
+        self._event: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._values = values
+
+    def read(self) -> tuple[dict[str, float], dict[str, float], float]:
+        """Losses of this process and their means over all of them, by name, and the gradient's norm."""
+        if self._event is not None:
+            self._event.synchronize()
+        *values, norm = self._values.tolist()
+        own, means = values[: len(self.names)], values[len(self.names) :]
+        return dict(zip(self.names, own, strict=True)), dict(zip(self.names, means, strict=True)), norm
 
 
 def train_step(
-    model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, clip_norm: float = 0.0
-) -> dict[str, Tensor]:
-    """One step of the optimiser.
+    model: nn.Module,
+    batches: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    clip_norm: float = 0.0,
+    guarded: Sequence[Tensor] = (),
+) -> StepResult:
+    """One step of the optimiser, over the mean gradient of one batch or more.
+
+    If a loss of any process, or the gradient, is not finite, the weights and the optimiser's state stay as they are;
+    that is decided on the device, which nobody waits for.
 
     Args:
         model: a :class:`~rcnn.models.faster_rcnn.FasterRCNN` in training mode, or one wrapped for data parallelism.
-        batch: on the model's device.
-        optimizer: over the model's parameters.
+        batches: on any device.
+        optimizer: of :func:`rcnn.optim.make_optimizer`.
         clip_norm: the gradient's norm is cut to this; 0 never cuts.
-
-    Returns:
-        The four losses, ``()`` float32 without gradient, still on the device.
+        guarded: buffers that the step changes, and that shall stay as they are as well if it is not finite.
     """
-    losses = model(batch.images, batch.targets)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    device = parameters[0].device
+    before = [buffer.clone() for buffer in guarded]
     optimizer.zero_grad(set_to_none=True)
-    torch.stack(list(losses.values())).sum().backward()
-    if clip_norm:
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    losses: dict[str, Tensor] = {}
+    for number, batch in enumerate(batches):
+        last = number + 1 == len(batches)
+        together = isinstance(model, DistributedDataParallel)
+        with nullcontext() if last or not together else model.no_sync():  # type: ignore[operator]
+            batch = batch.to(device, non_blocking=True)
+            found = {name: loss / len(batches) for name, loss in model(batch.images, batch.targets).items()}
+            torch.stack(list(found.values())).sum().backward()
+        losses = {name: losses.get(name, 0) + loss.detach() for name, loss in found.items()}
+    means = torch.stack(list(distributed.mean(losses).values()))
+    norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
+    finite = means.isfinite().all() & norm.isfinite()
+    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # the fused optimisers' own way to skip a step
     optimizer.step()
-    return {name: loss.detach() for name, loss in losses.items()}
+    for buffer, value in zip(guarded, before, strict=True):
+        buffer.copy_(torch.where(finite, buffer, value))
+    return StepResult(list(losses), torch.stack(list(losses.values())), means, norm)
+
+
+def largest_batch(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number in 1..most that fits, if whatever is smaller than one that fits does, too; 0: none.
+
+    Doubles until one does not fit, then halves the gap.
+    """
+    good, bad = 0, most + 1
+    size = 1
+    while bad - good > 1:
+        if fits(size):
+            good = size
+        else:
+            bad = size
+        size = min(2 * size, most) if bad > most else (good + bad) // 2
+    return good
+
+
+def find_batch_size(model: FasterRCNN, config: OptimConfig, most: int) -> int:
+    """The most images per batch that fit on the model's GPU, found by training a copy on the largest images.
+
+    Args:
+        model: on its device, which is left as it was.
+        config: resolved; its optimiser's state takes memory, too.
+        most: images in the training set.
+
+    Raises:
+        ValueError: the device is a CPU, or not even one image fits.
+    """
+    device = model.mean.device
+    if device.type != "cuda":
+        raise ValueError(f"loader.batch_size auto fills a GPU's memory, and this run is on {device}; give a number")
+    short, long = given(model.config.min_size), given(model.config.max_size)
+    limit = TRIAL_SHARE * torch.cuda.get_device_properties(device).total_memory
+
+    def fits(size: int) -> bool:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            trial = copy.deepcopy(model).train()
+            optimizer = make_optimizer(trial, config, 0.0)
+            for _ in range(2):  # the optimiser's state exists from the second step on
+                for shape in ((short, long), (long, short)):
+                    train_step(trial, [_trial_batch(size, *shape)], optimizer)
+            torch.cuda.synchronize(device)
+        except torch.cuda.OutOfMemoryError:
+            return False
+        return torch.cuda.max_memory_allocated(device) <= limit
+
+    with torch.random.fork_rng(devices=[device]):
+        size = largest_batch(fits, most)
+    torch.cuda.empty_cache()
+    if not size:
+        raise ValueError(f"not even one image of {long} x {short} pixels fits on {device}; lower model.max_size")
+    return size
+
+
+def _trial_batch(size: int, height: int, width: int) -> Batch:
+    """A batch of the largest shape, with many boxes."""
+    height, width = -(-height // DIVISOR) * DIVISOR, -(-width // DIVISOR) * DIVISOR
+    corner = torch.rand(size * TRIAL_BOXES, 2) * torch.tensor([width, height]) / 2
+    targets = Targets(
+        boxes=torch.cat((corner, corner + torch.tensor([width, height]) / 4), 1),
+        labels=torch.ones(size * TRIAL_BOXES, dtype=torch.int64),
+        offsets=torch.arange(size + 1) * TRIAL_BOXES,
+        image_sizes=torch.tensor([[height, width]]).repeat(size, 1).float(),
+        image_ids=torch.arange(size),
+    )
+    images = torch.randint(0, 256, (size, 3, height, width), dtype=torch.uint8)
+    return Batch(images, targets, list(range(size)), torch.ones(size, 2), [])
 
 
 def loader_for(
@@ -158,13 +252,16 @@ def loader_for(
     )
 
 
-def evaluate(model: FasterRCNN, loader: Loader, dataset: DetectionDataset) -> Evaluation | None:
+def evaluate(
+    model: FasterRCNN, loader: Loader, dataset: DetectionDataset, between: Callable[[], None] = lambda: None
+) -> Evaluation | None:
     """Losses, detections and AP of a data set; every rank takes its share.
 
     Args:
         model: on its device; left in the mode it was in.
         loader: of ``dataset``, made with ``train=False``.
         dataset: where the ground truth comes from.
+        between: called before each batch; what it raises ends the evaluation.
 
     Returns:
         The evaluation on the first rank, None on the others.
@@ -178,6 +275,7 @@ def evaluate(model: FasterRCNN, loader: Loader, dataset: DetectionDataset) -> Ev
     skipped: list[str] = []
     images = 0
     for batch in loader:
+        between()
         skipped += batch.skipped
         batch = batch.to(device, non_blocking=True)
         losses, detections = model.validate(batch.images, batch.targets)
@@ -204,251 +302,3 @@ def evaluate(model: FasterRCNN, loader: Loader, dataset: DetectionDataset) -> Ev
         coco=coco_ap(dataset, results),
         skipped=[sentence for share in shares for sentence in share[3]],
     )
-
-
-@dataclass
-class _Position:
-    """Where a run stands: epochs finished, steps taken in the next one and in all, best AP so far."""
-
-    epoch: int = 0
-    step_in_epoch: int = 0
-    step: int = 0
-    best: float = -1.0
-
-
-@contextmanager
-def _stop_flag() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag that is asked between steps; the second one interrupts at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def handler(number: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    previous = signal.signal(signal.SIGINT, handler)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def train(
-    config: TrainConfig,
-    model: FasterRCNN,
-    train_set: DetectionDataset,
-    val_set: DetectionDataset,
-    folder: Path,
-    tracker: Tracker,
-) -> None:
-    """Train to the end, evaluating on the way; the run folder then holds the best and the last weights.
-
-    The state is saved when the steps of an epoch are done, before its evaluation: what fails there loses nothing, and a
-    resumed run begins with that evaluation.
-
-    Args:
-        config: resolved.
-        model: on its device.
-        train_set: trains.
-        val_set: is evaluated every ``config.val_interval`` epochs and after the last.
-        folder: the run folder, which exists; only the first rank writes to it.
-        tracker: told of each step and epoch.
-
-    Raises:
-        Interrupted: Ctrl-C; a checkpoint was written first.
-        DivergedError: a loss is not finite; the last checkpoint is as it was.
-        ValueError: the state to resume from is of other classes, another model or another optimiser.
-    """
-    run = _Run(config, model, train_set, val_set, folder, tracker)
-    with _stop_flag() as stopping:
-        while run.at.epoch < given(config.epochs):
-            run.epoch(stopping)
-    if run.unreadable:
-        tracker.message(f"images that could not be read: {len(run.unreadable)}")
-
-
-class _Run:
-    """What a training run holds between two steps."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        model: FasterRCNN,
-        train_set: DetectionDataset,
-        val_set: DetectionDataset,
-        folder: Path,
-        tracker: Tracker,
-    ) -> None:
-        self.config, self.model, self.folder, self.tracker = config, model, folder, tracker
-        self.train_set, self.val_set = train_set, val_set
-        self.rank, self.world, self.device = distributed.rank(), distributed.world_size(), model.mean.device
-        self.loader = loader_for(model, train_set, config.loader, train=True, seed=config.seed)
-        self.val_loader = loader_for(model, val_set, config.loader, train=False)
-        self.steps_per_epoch = len(self.loader)
-        self.steps = given(config.epochs) * self.steps_per_epoch
-        self.lr, _ = scaled_lr(config.optim, given(config.loader.batch_size) * self.world)
-        self.optimizer = make_optimizer(model, config.optim, self.lr)
-        self.at = _Position()
-        self.totals: dict[str, Tensor] = {}  # of the losses in this epoch
-        self.unreadable: dict[str, None] = {}  # a sentence for each image that was skipped
-        self.unsaid: list[str] = []
-        self.recent: dict[int, tuple[dict[str, Tensor], float, list[int]]] = {}
-        self.first_bad = torch.full((), -1, device=self.device)
-        torch.manual_seed(config.seed + self.rank)  # dropout differs between processes
-        if config.resume:
-            self.restore()
-        if self.rank == 0:
-            # Without its own place, for the folder may move, and the file may start another run.
-            settings = asdict(replace(config, out="", resume=False))
-            settings["loader"]["scale"] = list(settings["loader"]["scale"])
-            write_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False))
-        device_ids = [self.device.index] if self.device.type == "cuda" else None
-        self.network = DistributedDataParallel(model, device_ids=device_ids) if self.world > 1 else model
-        tracker.epochs, tracker.total_steps, tracker.resume_step = given(config.epochs), self.steps, self.at.step
-
-    def epoch(self, stopping: Callable[[], bool]) -> None:
-        """The steps that are left of an epoch, then its evaluation."""
-        at = self.at
-        self.model.train()
-        self.loader.set_epoch(at.epoch, at.step_in_epoch)
-        first, end = at.step, time.perf_counter()
-        for batch in self.loader:
-            self.step(batch, end)
-            end = time.perf_counter()
-            if distributed.any_rank(stopping()):
-                self.save()
-                self.stop()
-        if at.step > first:  # else resumed at the end of the steps
-            self.save()
-        found = None
-        if (at.epoch + 1) % self.config.val_interval == 0 or at.epoch + 1 == self.config.epochs:
-            found = evaluate(self.model, self.val_loader, self.val_set)
-            self.unsaid += [f"{s}; evaluated as if nothing were found" for s in found.skipped] if found else []
-        self.tell_unreadable()
-        taken = max(at.step_in_epoch, 1)
-        means = distributed.mean({name: total / taken for name, total in self.totals.items()})
-        metrics = _metrics({name: loss.item() for name, loss in means.items()}, found)
-        at.epoch, at.step_in_epoch, self.totals = at.epoch + 1, 0, {}
-        if self.rank == 0 and found is not None and found.coco["AP"] > at.best:
-            at.best = found.coco["AP"]
-            self.save_weights(checkpoint.MODEL_BEST, metrics)
-        self.tracker.epoch(at.epoch, metrics)
-        if distributed.any_rank(stopping()):
-            self.stop()
-
-    def step(self, batch: Batch, start: float) -> None:
-        """One step of the optimiser; ``start`` is when the batch was asked for."""
-        at, config = self.at, self.config
-        data_time = time.perf_counter() - start
-        self.unsaid += [f"{sentence}; image skipped" for sentence in batch.skipped]
-        rate = self.lr * lr_factor(config.optim, at.step, self.steps, self.steps_per_epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        batch = batch.to(self.device, non_blocking=True)
-        losses = train_step(self.network, batch, self.optimizer, given(config.optim.clip_norm))
-        at.step += 1
-        at.step_in_epoch += 1
-        self.totals = {name: self.totals.get(name, 0) + loss for name, loss in losses.items()}
-        finite = torch.stack(list(losses.values())).isfinite().all()
-        self.first_bad = torch.where(finite | (self.first_bad >= 0), self.first_bad, at.step)
-        self.recent[at.step] = losses, rate, batch.indices
-        values = {}
-        if at.step % config.log_interval == 0 or at.step_in_epoch == self.steps_per_epoch:
-            values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
-            self.check_finite()
-        images = len(batch.indices) * self.world
-        self.tracker.step(at.epoch, at.step, values, rate, images, data_time, time.perf_counter() - start)
-
-    def check_finite(self) -> None:
-        """Stop if a loss since the last check was not finite."""
-        bad = int(self.first_bad)
-        if bad < 0:
-            self.recent.clear()
-            return
-        losses, rate, indices = self.recent[bad]
-        names = ", ".join(name for name, loss in losses.items() if not loss.isfinite())
-        files = ", ".join(str(self.train_set.records[index].path) for index in indices)
-        raise DivergedError(
-            f"{names} is not finite at step {bad} (learning rate {rate:g}, images {files}); "
-            f"lower optim.lr or set optim.clip_norm"
-        )
-
-    def tell_unreadable(self) -> None:
-        """Name each image that any process had to skip, once."""
-        for sentence in [one for share in distributed.gather_objects(self.unsaid) or [] for one in share]:
-            if sentence not in self.unreadable:
-                self.tracker.message(sentence)
-                self.unreadable[sentence] = None
-        self.unsaid = []
-
-    def stop(self) -> None:
-        """Leave after Ctrl-C, all processes together."""
-        self.tell_unreadable()
-        distributed.barrier()  # the first process has saved
-        raise Interrupted(f"stopped after step {self.at.step}; train --resume --out {self.folder} goes on from there")
-
-    def save_weights(self, name: str, metrics: dict[str, float]) -> None:
-        """Write the model's weights into the run folder."""
-        extra = {"epoch": self.at.epoch, "step": self.at.step, "metrics": metrics}
-        model = self.model
-        checkpoint.save(self.folder / name, model.state_dict(), config_to(model), model.classes, extra)
-
-    def save(self) -> None:
-        """Write the last weights and the state; called by every process, written by the first."""
-        self.check_finite()
-        random = distributed.gather_objects(torch.get_rng_state())
-        random_cuda = distributed.gather_objects(torch.cuda.get_rng_state()) if self.device.type == "cuda" else []
-        if self.rank != 0:
-            return
-        self.save_weights(checkpoint.MODEL_LAST, {})
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "optimizer_name": self.config.optim.name,
-            "position": vars(self.at).copy(),
-            "totals": self.totals,
-            "classes": self.model.classes,
-            "random": random,
-            "random_cuda": random_cuda,
-        }
-        checkpoint.save_state(self.folder / checkpoint.STATE_LAST, state)
-
-    def restore(self) -> None:
-        """Take up the state of the run folder; settings of the optimiser stay those of the configuration."""
-        file = self.folder / checkpoint.STATE_LAST
-        state = checkpoint.read_state(file)
-        for what, saved, own in (
-            ("classes", state.get("classes"), self.model.classes),
-            ("optimizer", state.get("optimizer_name"), self.config.optim.name),
-        ):
-            if saved != own:
-                raise ValueError(f"{file} is of the {what} {saved}, this run has {own}")
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        try:
-            checkpoint.load_into(self.model, state["model"], file)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.at = _Position(**state["position"])
-            self.totals = {name: total.to(self.device) for name, total in state["totals"].items()}
-            random, random_cuda = state["random"], state["random_cuda"]
-        except (KeyError, TypeError) as error:
-            problem = f"{file} is no training state of this version: {error!r} is amiss"
-            raise checkpoint.CheckpointError(problem) from None
-        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(setting)
-        self.model.step.fill_(self.at.step)
-        if len(random) == self.world:
-            torch.set_rng_state(random[self.rank])
-        if self.device.type == "cuda" and len(random_cuda) == self.world:
-            torch.cuda.set_rng_state(random_cuda[self.rank])
-
-
-def _metrics(losses: dict[str, float], found: Evaluation | None) -> dict[str, float]:
-    values = {"loss": sum(losses.values()), **losses}
-    if found is not None:
-        values["val_loss"] = sum(found.losses.values())
-        values |= {f"val_{name}": loss for name, loss in found.losses.items()}
-        values |= {"AP": found.coco["AP"], "AP50": found.coco["AP50"], "VOC_AP": found.voc["map_area"]}
-    return values

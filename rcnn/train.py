@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rcnn import checkpoint, console, detector, distributed, engine, viz
-from rcnn.config import TrainConfig, given, resolve
+from rcnn import console, detector, distributed, engine, replay, run_folder, training, viz
+from rcnn.config import TrainConfig, images_per_batch, resolve
 from rcnn.data import flowers, open_dataset
 from rcnn.data.dataset import DetectionDataset
 from rcnn.images import ImageError
 from rcnn.metrics.curves import precision_recall
 from rcnn.models.faster_rcnn import FasterRCNN
+from rcnn.optim import scaled_lr
+from rcnn.stopping import Interrupted, Reason
 from rcnn.tracking import Tracker
 
 PROG = "rcnn train"
@@ -35,36 +37,77 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = "Train a Faster R-CNN. Without arguments: the tiny model on generated flowers. Null: the recipe's."
     parser = console.Parser(PROG, about)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    parser.add_argument(
+        "--replay", type=str, default="", help="compute a saved bad step once more, say what is amiss, and end"
+    )
     parser.add_class_arguments(TrainConfig)
     words = sys.argv[1:] if argv is None else list(argv)
-    config = TrainConfig(**parser.read_groups(words))
+    options = parser.read_groups(words)
+    file = options.pop("replay")
+    config = TrainConfig(**options)
+    if file:
+        console.run(PROG, lambda: _replay(file, config.device))
+        return
     if config.resume and config.out:
         # The run's own settings, unless told otherwise.
-        saved = Path(config.out) / engine.CONFIG
-        if not saved.is_file() or not (saved.parent / checkpoint.STATE_LAST).is_file():
+        saved = Path(config.out) / run_folder.CONFIG
+        if saved.is_file() and run_folder.states(saved.parent):
+            name = _settings(parser, ["--config", str(saved)]).model.name
+            config = _settings(parser, ["--config", str(saved), *words])
+            if config.model.name != name:
+                console.fail(PROG, f"{config.out} is a run of {name}, got --model.name {config.model.name}")
+        elif config.resume == "auto":
+            config.resume = False
+        else:
             console.fail(PROG, f"{config.out} holds no run to go on with: start it without --resume")
-        name = parser.read_groups(["--config", str(saved)])["model"].name
-        config = TrainConfig(**parser.read_groups(["--config", str(saved), *words]))
-        if config.model.name != name:
-            console.fail(PROG, f"{config.out} is a run of {name}, got --model.name {config.model.name}")
     console.run(PROG, lambda: _train(config))
+
+
+def _settings(parser: console.Parser, words: Sequence[str]) -> TrainConfig:
+    options = parser.read_groups(words)
+    del options["replay"]
+    return TrainConfig(**options)
+
+
+def _replay(file: str, device: str) -> None:
+    found = replay.replay(file, engine.choose_device(device))
+    facts = found.facts
+    print(f"step {facts['step']}, learning rate {facts['lr']:g}, images {facts['files']}")
+    for name, value in found.losses.items():
+        print(f"{name}: {value:g} (in the run {facts['losses'][name]:g})")
+    print(f"gradient norm: {found.norm:g} (in the run {facts['norm']:g})")
+    print("\n".join(found.amiss) or "everything is finite this time")
 
 
 def _train(config: TrainConfig) -> None:
     if not config.data and config.epochs is None:
         config.epochs = FLOWER_EPOCHS
     config = resolve(config)
-    device = distributed.init(engine.choose_device(config.device))
-    try:
-        _run(config, device)
-    finally:
+    with engine.deterministic(config.deterministic):
+        device = distributed.init(engine.choose_device(config.device))
+        code = _run(config, device)
+        # Not after an error: the others may be gone, and NCCL would wait for them.
         distributed.shutdown()
+    if code:
+        sys.exit(code)
 
 
-def _run(config: TrainConfig, device: torch.device) -> None:
+def _run(config: TrainConfig, device: torch.device) -> int:
+    """The exit code of the run."""
     first = distributed.rank() == 0
     folder = _run_folder(config)
     config.out = str(folder)
+    lock = run_folder.Lock(folder, print) if first else None
+    try:
+        if first:
+            run_folder.remove_leavings(folder)
+        return _train_in(config, folder, device, first)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _train_in(config: TrainConfig, folder: Path, device: torch.device, first: bool) -> int:
     if not config.data:
         config.data = str(FLOWERS)
         if first:
@@ -80,17 +123,22 @@ def _run(config: TrainConfig, device: torch.device) -> None:
             model = FasterRCNN(config.model, train_set.classes, config.seed)
         else:
             model = detector.build(config.model, train_set.classes, config.seed)
+    model.to(device)
+    if config.loader.batch_size == "auto":
+        most = -(-len(train_set) // distributed.world_size())
+        fits = engine.find_batch_size(model, config.optim, most)
+        config.loader.batch_size = -distributed.maximum(-fits)[0]  # the least of all processes
     if first:
         _announce(config, device, model, train_set, val_set, [str(w.message) for w in caught])
-    model.to(device)
     start = time.perf_counter()
     with Tracker(folder if first else None) as tracker:
         try:
-            engine.train(config, model, train_set, val_set, folder, tracker)
-        except engine.Interrupted as stop:
+            training.train(config, model, train_set, val_set, folder, tracker)
+        except Interrupted as stop:
             tracker.message(str(stop))
-            sys.exit(console.INTERRUPTED)
+            return console.INTERRUPTED if stop.reason == Reason.INTERRUPTED else console.PREEMPTED
         _finish(config, folder, device, val_set, tracker, time.perf_counter() - start)
+    return 0
 
 
 def _run_folder(config: TrainConfig) -> Path:
@@ -98,7 +146,7 @@ def _run_folder(config: TrainConfig) -> Path:
         raise ValueError("--resume goes on in a run folder: name it with --out")
     name = distributed.broadcast(config.out or f"runs/{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     folder = Path(name)
-    if not config.resume and (folder / checkpoint.STATE_LAST).exists():
+    if not config.resume and run_folder.states(folder):
         raise ValueError(f"{folder} holds a run already; go on with --resume, or choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +179,7 @@ def _announce(
     )
     for sentence in [model.loaded] * bool(model.loaded) + cautions:
         print(sentence)
-    print(engine.scaled_lr(config.optim, given(config.loader.batch_size) * distributed.world_size())[1])
+    print(scaled_lr(config.optim, images_per_batch(config.loader), distributed.world_size())[1])
 
 
 def _finish(

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import pickle
@@ -147,6 +148,33 @@ def test_state_round_trip(tmp_path):
     assert torch.equal(moment, optimizer.state_dict()["state"][0]["exp_avg"])
 
 
+def test_one_flipped_bit_is_seen_in_either_file(tmp_path):
+    """torch and safetensors would load the damaged numbers."""
+    model, state = tmp_path / "m.safetensors", tmp_path / "s.pt"
+    save_example(model)
+    checkpoint.save_state(state, {"a": torch.arange(1000.0)})
+    assert torch.equal(torch.load(state, weights_only=True)["a"], torch.arange(1000.0)), "any torch can read it"
+    for path, at, read in ((model, -4, checkpoint.read), (state, 2000, checkpoint.read_state)):
+        content = bytearray(path.read_bytes())
+        content[at] ^= 1
+        path.write_bytes(content)
+        assert "checksum" in message(path, read)
+
+
+@pytest.mark.parametrize("size", [0, 30, 1000, -1])
+def test_a_torn_state_is_seen(tmp_path, size):
+    path = tmp_path / "s.pt"
+    checkpoint.save_state(path, {"a": torch.arange(1000.0)})
+    path.write_bytes(path.read_bytes()[:size])
+    assert "torn or damaged" in message(path, checkpoint.read_state) or size == 0
+
+
+def test_a_model_file_from_before_the_checksum_is_read(tmp_path):
+    good = {"version": checkpoint.FORMAT_VERSION, "config": {}, "classes": ["a"], "extra": {}}
+    safetensors.torch.save_file(STATE, tmp_path / "m.safetensors", {"rcnn": json.dumps(good)})
+    assert checkpoint.read(tmp_path / "m.safetensors").classes == ["a"]
+
+
 def test_state_of_other_types_is_not_written(tmp_path):
     path = tmp_path / "state_last.pt"
     with pytest.raises(CheckpointError, match=r"state\['a'\]\[1\] must be a tensor or a plain value, got Evil"):
@@ -158,7 +186,9 @@ def test_state_of_other_types_is_not_written(tmp_path):
 def test_code_in_a_pickle_is_refused(tmp_path, legacy):
     path = tmp_path / "m.pth"
     torch.save({"a": torch.ones(2), "b": Evil()}, path, _use_new_zipfile_serialization=not legacy)
-    for read in (checkpoint.read_state, checkpoint.read_weights):
+    if not legacy:  # a whole training state in all but its content
+        path.write_bytes(path.read_bytes() + b"\nsha256 " + hashlib.sha256(path.read_bytes()).hexdigest().encode())
+    for read in (checkpoint.read_weights,) if legacy else (checkpoint.read_state, checkpoint.read_weights):
         text = message(path, read)
         assert "was refused" in text and "can run code" in text and "system" in text
 

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 import rcnn
-from rcnn import cli
+from rcnn import cli, run_folder
 from rcnn.checkpoint import read_state
 from rcnn.config import TrainConfig
 from rcnn.data import flowers
@@ -38,6 +38,11 @@ def run(data, tmp_path_factory):
     return out
 
 
+def newest(folder):
+    """The newest training state of a run folder."""
+    return read_state(run_folder.states(folder)[-1])
+
+
 def fails(capsys, code, *argv):
     """The one line on stderr of a command that must end with ``code``."""
     with pytest.raises(SystemExit) as end:
@@ -54,7 +59,7 @@ def test_a_run_folder_holds_what_the_documentation_says(run):
         "config.yaml",
         "model_best.safetensors",
         "model_last.safetensors",
-        "state_last.pt",
+        "state-000000010.pt",
         "metrics.jsonl",
         "results.csv",
         "tensorboard",
@@ -95,7 +100,7 @@ def test_resuming_gives_the_same_weights_as_going_through(run, data, tmp_path):
     rest = process.stdout.read()
     assert process.wait(60) == 130, rest
     assert "--resume" in rest
-    assert 0 < read_state(out / "state_last.pt")["position"]["step"] < 10
+    assert 0 < newest(out)["position"]["step"] < 10
     cli.main(["train", "--out", str(out), "--resume"])  # data and settings are the run's own
     whole = safetensors.torch.load_file(run / "model_last.safetensors")
     parts = safetensors.torch.load_file(out / "model_last.safetensors")
@@ -144,10 +149,10 @@ def test_a_resumed_run_takes_settings_given_beside_it(run, data, tmp_path, capsy
     out = tmp_path / "run"
     shutil.copytree(run, out)
     cli.main(["train", "--out", str(out), "--resume", "--epochs", "3", "--optim.weight_decay", "0.125"])
-    state = read_state(out / "state_last.pt")
-    assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.125
-    assert state["position"]["step"] == 15
-    assert not yaml.safe_load((out / "config.yaml").read_text())["resume"], "the file starts other runs, too"
+    assert newest(out)["position"]["step"] == 15
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    assert settings["optim"]["weight_decay"] == 0.125
+    assert not settings["resume"], "the file starts other runs, too"
     line = fails(capsys, 1, "train", "--out", out, "--resume", "--epochs", "4", "--optim.name", "sgd")
     assert "is of the optimizer adamw, this run has sgd" in line
 
@@ -155,10 +160,10 @@ def test_a_resumed_run_takes_settings_given_beside_it(run, data, tmp_path, capsy
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(run, data, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(run, out)
-    before = (out / "state_last.pt").read_bytes()
+    before = (out / "state-000000010.pt").read_bytes()
     line = fails(capsys, 1, "train", "--out", out, "--resume", "--epochs", "3", "--optim.lr", "1e30")
     assert "is not finite at step 1" in line and ".jpg" in line
-    assert (out / "state_last.pt").read_bytes() == before
+    assert (out / "state-000000010.pt").read_bytes() == before and len(run_folder.states(out)) == 2
 
 
 def test_evaluate_writes_both_kinds_of_ap(run, data, capsys):

@@ -23,7 +23,8 @@ out = {
     "gathered": d.gather_objects({"rank": rank, "images": list(range(rank, 5, 2))}),
     "mean": {k: v.item() for k, v in d.mean({"a": torch.tensor(float(rank)), "b": torch.tensor(4.0 * rank)}).items()},
     "empty": d.mean({}),
-    "any": [d.any_rank(rank == 1), d.any_rank(False)],
+    "maximum": d.maximum(rank, 1 - rank, 0),
+    "mean_count": d.mean_count(torch.tensor(3 * rank)).item(),
 }
 d.shutdown()
 d.barrier()
@@ -54,7 +55,8 @@ def test_two_processes(tmp_path):
         "broadcast": {"folder": "runs/0"},
         "mean": {"a": 0.5, "b": 2.0},
         "empty": {},
-        "any": [True, False],
+        "maximum": [1, 1, 0],
+        "mean_count": 1.5,
     }
 
 
@@ -68,7 +70,9 @@ def test_alone(monkeypatch):
     assert distributed.gather_objects({"a": 1}) == [{"a": 1}]
     loss = torch.tensor(2.0, requires_grad=True)
     assert distributed.mean({"a": loss}) == {"a": 2.0} and not distributed.mean({"a": loss})["a"].requires_grad
-    assert distributed.any_rank(True) is True and distributed.any_rank(False) is False
+    assert distributed.maximum(3, 0) == [3, 0]
+    count = torch.tensor(0)
+    assert distributed.mean_count(count) is count
     distributed.shutdown()
 
 

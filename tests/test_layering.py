@@ -33,7 +33,12 @@ ROOMS["distributed"] = set()
 ROOMS["machine"] = {"kernels"}
 # Builds a detector, and loads one from a checkpoint: the public ``rcnn.build`` and ``rcnn.load``.
 ROOMS["detector"] = {"models", "checkpoint"} | ROOMS["models"]
+ROOMS["optim"] = {"config"}
+ROOMS["stopping"] = set()
+ROOMS["run_folder"] = {"checkpoint"} | ROOMS["checkpoint"]
 ROOMS["engine"] = set(ROOMS)
+ROOMS["replay"] = {"data", "detector"} | ROOMS["detector"]
+ROOMS["training"] = set(ROOMS)
 # What `python -m rcnn.X` runs. A command may use everything below it, and no other command but through `cli`.
 COMMANDS = {"train", "evaluate", "predict", "env", "summary"}
 LIBRARY = set(ROOMS)

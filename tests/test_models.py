@@ -9,8 +9,8 @@ from rcnn import images as pictures
 from rcnn.boxes import iou
 from rcnn.config import RECIPES, ModelConfig, RoIConfig, RPNConfig
 from rcnn.detector import build
-from rcnn.engine import make_optimizer
 from rcnn.models.losses import BETA, roi_losses, rpn_losses
+from rcnn.optim import make_optimizer
 from rcnn.structures import AnchorSamples, Samples, Targets
 
 

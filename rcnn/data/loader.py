@@ -4,6 +4,7 @@ Images of like shape share a batch (landscape or square ones, and portrait ones)
 """
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -12,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from rcnn.config import LoaderConfig
+from rcnn.config import LoaderConfig, images_per_batch
 from rcnn.data.dataset import DetectionDataset
 from rcnn.data.transforms import MIN_SIDE, Augment, generator
 from rcnn.images import PADDING, ImageError, stack
@@ -22,6 +23,10 @@ from rcnn.structures import Targets
 
 #: Height and width of a batch are multiples of this: the coarsest stride of the models.
 DIVISOR = 32
+
+
+class WorkerError(ValueError):
+    """A loading process died; the message names the file that it was at."""
 
 
 @dataclass(frozen=True)
@@ -161,14 +166,34 @@ class Loader(DataLoader[Batch]):
         self.plan.set_epoch(epoch, first_batch)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # An error comes as a value: torch would bury its sentence in the worker's traceback.
-        for item in super().__iter__():
-            if isinstance(item, ImageError):
-                try:
-                    raise item
-                finally:
-                    del item  # a cycle of error, traceback and this frame would keep the workers waiting for 5 s
-            yield item
+        try:
+            # An error comes as a value: torch would bury its sentence in the worker's traceback.
+            for item in super().__iter__():
+                if isinstance(item, ImageError):
+                    try:
+                        raise item
+                    finally:
+                        del item  # a cycle of error, traceback and this frame would keep the workers waiting for 5 s
+                yield item
+        except RuntimeError as error:
+            raise self.explained(error) from None
+
+    def explained(self, error: RuntimeError) -> RuntimeError | WorkerError:
+        """A worker's death as a sentence that names the file it was at; any other error as it is.
+
+        torch reports a death by a signal handler, so that the error comes up wherever the main process happens to be.
+        """
+        how = re.search(r"DataLoader worker.*?(killed by signal: [\w ]+|exited unexpectedly)", str(error))
+        if how is None:
+            return error
+        content: _Batches = self.dataset  # type: ignore[assignment]
+        numbers = {int(number) for number in re.findall(r"\d+", how[0])}
+        at = [index for process, index in content.reading.tolist() if process in numbers]
+        files = ", ".join(str(content.dataset.records[index].path) for index in at) or "no file yet"
+        return WorkerError(
+            f"a loading process died ({how[1].strip()}) at {files}; if memory ran out, lower loader.workers or "
+            f"loader.batch_size"
+        )
 
 
 def make_loader(
@@ -186,7 +211,7 @@ def make_loader(
     """Batches of a data set.
 
     The content of each batch is fixed by (seed, epoch, its place), whatever the number of workers. Workers are started
-    without touching CUDA, use one thread each, and leave Ctrl-C to the main process.
+    without touching CUDA, use one thread each, and leave Ctrl-C and the signals of pre-emption to the main process.
 
     Args:
         dataset: images and boxes; its ``strict`` decides whether an unreadable image raises or is replaced.
@@ -201,20 +226,21 @@ def make_loader(
 
     Returns:
         An iterable of :class:`Batch`; iterating raises :class:`rcnn.images.ImageError` for an unreadable image if
-        ``dataset.strict``, and if no image at all can be read.
+        ``dataset.strict``, and if no image at all can be read, and :class:`WorkerError` if a loading process dies.
 
     Raises:
         ValueError: the data set is empty, or ``config`` is not filled in.
     """
     if config.batch_size is None or config.color is None or config.scale is None:
         raise ValueError("loader.batch_size, loader.color and loader.scale must be set; config.resolve fills them in")
+    batch_size = images_per_batch(config)
     sizes = np.array([(r.height, r.width) for r in dataset.records]).reshape(-1, 2)
-    plan = BatchPlan(sizes, config.batch_size, train=train, seed=seed, rank=rank, world_size=world_size)
+    plan = BatchPlan(sizes, batch_size, train=train, seed=seed, rank=rank, world_size=world_size)
     low, high = config.scale
     augment = Augment(config.flip, config.vertical_flip, config.color, (low, high)) if train else Augment()
     workers = min(_workers(config.workers), len(plan))
     loader = Loader(
-        _Batches(dataset, augment, min_size, max_size, train, seed),
+        _Batches(dataset, augment, min_size, max_size, train, seed, workers),
         batch_size=None,
         sampler=plan,
         num_workers=workers,
@@ -231,7 +257,14 @@ class _Batches(Dataset[Any]):
     """Reads whole batches: the key is a list of (epoch, image index)."""
 
     def __init__(
-        self, dataset: DetectionDataset, augment: Augment, min_size: int, max_size: int, train: bool, seed: int
+        self,
+        dataset: DetectionDataset,
+        augment: Augment,
+        min_size: int,
+        max_size: int,
+        train: bool,
+        seed: int,
+        workers: int,
     ) -> None:
         self.dataset = dataset
         self.augment = augment
@@ -239,6 +272,8 @@ class _Batches(Dataset[Any]):
         self.max_size = max_size
         self.train = train
         self.seed = seed
+        # Process and image that each worker is at, for whoever must say what killed it.
+        self.reading = torch.full((workers, 2), -1, dtype=torch.int64).share_memory_()
 
     def __getitem__(self, keys: list[tuple[int, int]]) -> "Batch | ImageError":
         arrays, boxes, labels, indices, scales = [], [], [], [], []
@@ -277,6 +312,8 @@ class _Batches(Dataset[Any]):
         records = self.dataset.records
         for step in range(len(records)):
             index = (wanted + step) % len(records)
+            if (worker := get_worker_info()) is not None:
+                self.reading[worker.id] = torch.tensor((os.getpid(), index))
             try:
                 return index, self.dataset.read(index)
             except ImageError as error:
@@ -290,7 +327,10 @@ class _Batches(Dataset[Any]):
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A terminal or a scheduler signals every process of the job, and the main one decides; workers end when it does.
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _workers(number: int) -> int:

@@ -15,6 +15,7 @@ from rcnn import images as pictures
 from rcnn import kernels
 from rcnn.config import ModelConfig, given, resolve_model
 from rcnn.models.backbone import build_backbone
+from rcnn.models.losses import Normaliser
 from rcnn.models.roi_heads import Pool, RoIHeads
 from rcnn.models.rpn import RPN
 from rcnn.structures import Detections, Proposals, Targets
@@ -66,6 +67,8 @@ class FasterRCNN(nn.Module):
         loaded: what came from a file of published weights, one paragraph; empty without one.
         step: ``()`` int64 buffer, training steps taken; it seeds the sampling and advances with each training forward.
             In evaluation mode sampling takes step 0, so that validation losses can be compared.
+        normaliser: in training, what the losses divide by; data parallelism sets it, so that the losses of all
+            processes have the mean of the whole batch. None: the number of samples at hand.
 
     Raises:
         ValueError: no class, or two of the same name.
@@ -79,6 +82,7 @@ class FasterRCNN(nn.Module):
         if not classes or len(set(classes)) != len(classes):
             raise ValueError(f"classes must be one or more different names, got {list(classes)}")
         self.config, self.classes, self.loaded = resolve_model(config), list(classes), ""
+        self.normaliser: Normaliser | None = None
         architecture = _ARCHITECTURES[self.config.name]
         self.backbone = build_backbone(self.config.name, given(self.config.norm))
         self.backbone.freeze(given(self.config.frozen_stages))
@@ -134,8 +138,9 @@ class FasterRCNN(nn.Module):
 
     def _losses(self, features: list[Tensor], targets: Targets) -> tuple[dict[str, Tensor], Proposals]:
         step = self.step if self.training else torch.zeros_like(self.step)
-        proposals, losses = self.rpn(features, targets.image_sizes, targets, step)
-        return losses | self.roi_heads.losses(features, proposals, targets, step), proposals
+        normaliser = self.normaliser if self.training else None
+        proposals, losses = self.rpn(features, targets.image_sizes, targets, step, normaliser)
+        return losses | self.roi_heads.losses(features, proposals, targets, step, normaliser), proposals
 
     @torch.no_grad()
     def validate(self, images: Tensor, targets: Targets) -> tuple[dict[str, Tensor], Detections]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rcnn import kernels
 from rcnn.config import RoIConfig, given
-from rcnn.models.losses import roi_losses
+from rcnn.models.losses import Normaliser, roi_losses
 from rcnn.structures import Detections, Proposals, Targets
 
 #: Factors of dx, dy, dw, dh in the RoI head (Fast R-CNN's normalisation of the targets by 0.1, 0.1, 0.2, 0.2).
@@ -81,7 +81,14 @@ class RoIHeads(nn.Module):
         self.box_head = TwoFCHead(in_features, features, given(config.dropout))
         self.box_predictor = BoxPredictor(features, num_classes)
 
-    def losses(self, features: list[Tensor], proposals: Proposals, targets: Targets, step: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self,
+        features: list[Tensor],
+        proposals: Proposals,
+        targets: Targets,
+        step: Tensor,
+        normaliser: Normaliser | None = None,
+    ) -> dict[str, Tensor]:
         """``{"loss_classifier", "loss_box_reg"}`` over rois sampled from the proposals and the ground truth.
 
         Args:
@@ -89,6 +96,7 @@ class RoIHeads(nn.Module):
             proposals: of the region proposal network.
             targets: ground truth.
             step: ``()`` int64, number of the training step; it seeds the sampling.
+            normaliser: see :func:`rcnn.models.losses.roi_losses`.
         """
         config = self.config
         samples = kernels.match_proposals(
@@ -103,7 +111,7 @@ class RoIHeads(nn.Module):
             box_weights=BOX_WEIGHTS,
         )
         logits, deltas = self.box_predictor(self.box_head(self.pool(features, samples.rois)))
-        loss_classifier, loss_box = roi_losses(logits, deltas, samples)
+        loss_classifier, loss_box = roi_losses(logits, deltas, samples, normaliser)
         return {"loss_classifier": loss_classifier, "loss_box_reg": loss_box}
 
     def detect(self, features: list[Tensor], proposals: Proposals, image_sizes: Tensor) -> Detections:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from rcnn import kernels
 from rcnn.config import RPNConfig, given
-from rcnn.models.losses import rpn_losses
+from rcnn.models.losses import Normaliser, rpn_losses
 from rcnn.structures import Proposals, Targets
 
 
@@ -75,7 +75,12 @@ class RPN(nn.Module):
         self.head = RPNHead(in_channels, channels, cells.shape[1])
 
     def forward(
-        self, features: list[Tensor], image_sizes: Tensor, targets: Targets | None, step: Tensor
+        self,
+        features: list[Tensor],
+        image_sizes: Tensor,
+        targets: Targets | None,
+        step: Tensor,
+        normaliser: Normaliser | None = None,
     ) -> tuple[Proposals, dict[str, Tensor]]:
         """Proposals, and the losses where there are targets.
 
@@ -84,6 +89,7 @@ class RPN(nn.Module):
             image_sizes: ``(B, 2)`` float32, height and width of each image, pixels.
             targets: ground truth, or None in detection.
             step: ``()`` int64, number of the training step; it seeds the sampling.
+            normaliser: see :func:`rcnn.models.losses.rpn_losses`.
 
         Returns:
             The proposals (without gradient) and ``{"loss_objectness", "loss_rpn_box_reg"}`` (empty without targets).
@@ -119,5 +125,5 @@ class RPN(nn.Module):
             positive_fraction=config.positive_fraction,
             allowed_border=None if border is None or border < 0 else border,
         )
-        loss_objectness, loss_box = rpn_losses(objectness, deltas, samples)
+        loss_objectness, loss_box = rpn_losses(objectness, deltas, samples, normaliser)
         return proposals, {"loss_objectness": loss_objectness, "loss_rpn_box_reg": loss_box}
