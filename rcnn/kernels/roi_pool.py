@@ -109,7 +109,7 @@ def _forward_cpu(
         here = slice(part.start * bins, part.stop * bins)
         value, cell, back = _pool(table, width, start[part], tall[part], wide[part], None if cells is None else dtype)
         if not plain:
-            cell = None if cell is None else cell.masked_fill_(value < lowest, table.numel())
+            cell = None if cell is None else cell.masked_fill_(value <= lowest, table.numel())
             value.clamp_(min=lowest)
         if last:
             torch.index_select(value, 0, back, out=output[here])
