@@ -1,28 +1,37 @@
-"""Timing of rival functions in turn, and the machine they ran on."""
+"""Timing of rival functions in turn, the memory that they take, and the machine they ran on."""
 
+import json
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+#: Bytes written between two timed calls on a GPU: more than the largest second-level cache.
+FLUSH = 256 << 20
+#: Bytes of the buffer whose copy gives the machine's bandwidth: GPU, CPU (far more than the caches hold).
+COPIED = {"cuda": 1 << 30, "cpu": 256 << 20}
+
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds that one function takes, by the clock on the wall unless said otherwise.
+    """Seconds that one function takes: by CUDA events on a GPU, else by the clock on the wall.
 
     Attributes:
         median: of all repetitions.
         p20: a fifth of the repetitions were quicker.
         p80: a fifth of the repetitions were slower.
         best: the quickest repetition, the least disturbed by whatever else the machine did.
-        processor: median of the processor time of all threads, which other programs disturb less.
+        processor: on a CPU, median of the processor time of all threads, which other programs disturb less; on a GPU,
+            median of the host's time until the call returns: what a launch costs, DLPack and checks included.
         repeats: repetitions.
     """
 
@@ -34,50 +43,133 @@ class Timing:
     repeats: int
 
 
-def measure(rivals: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, Timing]:
+def measure(
+    rivals: dict[str, Callable[[], Any]],
+    repeats: int,
+    warmup: int = 2,
+    seconds: float = float("inf"),
+    device: torch.device | str = "cpu",
+) -> dict[str, Timing]:
     """Time each function ``repeats`` times, in turn, so that a disturbance meets them all alike.
+
+    On a GPU each call finds the second-level cache full of something else.
 
     Args:
         rivals: functions without arguments by name.
         repeats: timed calls of each.
         warmup: calls of each before that.
+        seconds: fewer calls, though at least 5 of each, where all together would take longer.
+        device: where they work.
     """
+    once = _on_gpu(torch.device(device)) if torch.device(device).type == "cuda" else _on_cpu
+    start = time.perf_counter()
     for function in rivals.values():
         for _ in range(warmup):
-            function()
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    busy: dict[str, list[float]] = {name: [] for name in rivals}
+            once(function)
+    turn = (time.perf_counter() - start) / max(1, warmup)
+    if warmup:
+        repeats = int(max(min(repeats, 5), min(repeats, seconds / max(turn, 1e-9))))
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in rivals}
     for _ in range(repeats):
         for name, function in rivals.items():
-            start, spent = time.perf_counter(), time.process_time()
-            function()
-            seconds[name].append(time.perf_counter() - start)
-            busy[name].append(time.process_time() - spent)
-    return {
-        name: Timing(
-            *(float(np.percentile(values, q)) for q in (50, 20, 80)), min(values), float(np.median(busy[name])), repeats
-        )
-        for name, values in seconds.items()
-    }
+            taken[name].append(once(function))
+    timings = {}
+    for name, pairs in taken.items():
+        clock, processor = np.array(pairs).T
+        p20, median, p80 = (float(np.percentile(clock, q)) for q in (20, 50, 80))
+        timings[name] = Timing(median, p20, p80, float(clock.min()), float(np.median(processor)), repeats)
+    return timings
 
 
-def machine() -> dict[str, Any]:
-    """What a reader needs to place the figures: processor, threads, versions, commit."""
+def _on_cpu(function: Callable[[], Any]) -> tuple[float, float]:
+    start, spent = time.perf_counter(), time.process_time()
+    function()
+    return time.perf_counter() - start, time.process_time() - spent
+
+
+def _on_gpu(device: torch.device) -> Callable[[Callable[[], Any]], tuple[float, float]]:
+    buffer = torch.empty(FLUSH, dtype=torch.uint8, device=device)
+
+    def once(function: Callable[[], Any]) -> tuple[float, float]:
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        function()
+        host = time.perf_counter() - start
+        torch.cuda.synchronize(device)
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # The host runs ahead while the buffer is written, so that the events see the GPU's time alone.
+        buffer.zero_()
+        first.record()
+        function()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3, host
+
+    return once
+
+
+def peak_memory(function: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """Most bytes that a call holds at a time beyond what was there before it, its result included.
+
+    On a GPU by the counters of torch's allocator; on a CPU by the record that torch's profiler keeps of every
+    allocation, those inside compiled operators included.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = function()
+        torch.cuda.synchronize(device)
+        del result
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    del result
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [event for event in events if event["name"] == "[memory]" and event["args"]["Device Type"] == 0]
+    changes.sort(key=lambda event: event["ts"])
+    return int(np.cumsum([0, *(event["args"]["Bytes"] for event in changes)]).max())
+
+
+def bandwidth(device: torch.device | str) -> float:
+    """Bytes per second, read and written, of a large copy: what the machine's memory gives at best."""
+    kind = torch.device(device).type
+    source = torch.zeros(COPIED[kind], dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    timing = measure({"copy": lambda: target.copy_(source)}, 20, device=device)["copy"]
+    return 2 * COPIED[kind] / timing.median
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a reader needs to place the figures: processor, GPU and driver, versions, commit."""
     info: dict[str, Any] = {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "torchvision": _version("torchvision"),
         "commit": _commit(),
     }
-    try:
-        import torchvision
-
-        info["torchvision"] = torchvision.__version__
-    except ImportError:
-        info["torchvision"] = None
+    if torch.device(device).type == "cuda":
+        name, driver = (
+            torch.cuda.get_device_name(device),
+            _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        )
+        cupy = next((found for major in (13, 12) if (found := _version(f"cupy-cuda{major}x"))), _version("cupy"))
+        info |= {"gpu": name, "driver": driver and driver.splitlines()[0], "cuda": torch.version.cuda, "cupy": cupy}
     return info
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu() -> str:
@@ -89,7 +181,10 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    return _run("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12")
+
+
+def _run(*command: str) -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
