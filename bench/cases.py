@@ -52,7 +52,7 @@ def run(op: str, case: Case, device: torch.device, peak: float, repeats: int, se
         device: where.
         peak: the machine's copy bandwidth, bytes per second.
         repeats: timed calls of each rival.
-        seconds: that the timing of the case should take at most, as far as 5 calls of each allow.
+        seconds: that the timing of the case should take at most, as far as 3 calls of each allow.
 
     Returns:
         One row per rival.
@@ -62,7 +62,7 @@ def run(op: str, case: Case, device: torch.device, peak: float, repeats: int, se
     """
     with torch.set_grad_enabled(case.grad):
         case.gate()
-        timings = measure(case.rivals, repeats, seconds=seconds, device=device)
+        timings = measure(case.rivals, repeats, warmup=1, seconds=seconds, device=device)
         memory = {name: peak_memory(function, device) for name, function in case.rivals.items()}
     against = timings.get("torchvision")
     return [

@@ -58,7 +58,7 @@ def measure(
         rivals: functions without arguments by name.
         repeats: timed calls of each.
         warmup: calls of each before that.
-        seconds: fewer calls, though at least 5 of each, where all together would take longer.
+        seconds: fewer calls, though at least 3 of each, where all together would take longer.
         device: where they work.
     """
     once = _on_gpu(torch.device(device)) if torch.device(device).type == "cuda" else _on_cpu
@@ -68,7 +68,7 @@ def measure(
             once(function)
     turn = (time.perf_counter() - start) / max(1, warmup)
     if warmup:
-        repeats = int(max(min(repeats, 5), min(repeats, seconds / max(turn, 1e-9))))
+        repeats = int(max(min(repeats, 3), min(repeats, seconds / max(turn, 1e-9))))
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in rivals}
     for _ in range(repeats):
         for name, function in rivals.items():
