@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rcnn import boxes as box
 from rcnn.kernels import _launch
-from rcnn.kernels.nms import nms_padded
+from rcnn.kernels.nms import nms_padded, thin
 from rcnn.kernels.sorting import sort_rows
 from rcnn.structures import Detections, Proposals
 
@@ -119,7 +119,7 @@ def _cpu(
     # Candidates by (score, proposal, class): they come by (proposal, class), and the sort is stable.
     order = torch.where(usable, scores, -1.0).sort(descending=True, stable=True).indices[: int(usable.sum())]
     boxes, scores, label, image = boxes[order], scores[order], label[order], image[order]
-    chosen = _thin(boxes, image * classes + label, iou_threshold, detections_per_image)
+    chosen = thin(boxes, image * classes + label, iou_threshold, detections_per_image)
 
     image, order = image[chosen].sort(stable=True)
     chosen = chosen[order]
@@ -140,21 +140,6 @@ def _cpu(
         labels=result[2][:, :-1].contiguous(),
         count=count.clamp(max=detections_per_image),
     )
-
-
-def _thin(boxes: Tensor, problem: Tensor, iou_threshold: float, most: int) -> Tensor:
-    """Rows, rising, that survive NMS within their problem; boxes stand by falling score."""
-    if len(boxes) == 0:
-        return problem
-    problem, order = problem.sort(stable=True)
-    _, member, counts = problem.unique_consecutive(return_inverse=True, return_counts=True)
-    first = counts.cumsum(0) - counts
-    width = int(counts.max())
-    padded = boxes.new_zeros(len(counts), width, 4)
-    padded[member, torch.arange(len(order), device=order.device) - first[member]] = boxes[order]
-    keep, kept = nms_padded(padded, counts, iou_threshold, min(width, most))
-    slot = torch.arange(keep.shape[1], device=keep.device)
-    return order[(first[:, None] + keep)[slot < kept[:, None]]].sort().values
 
 
 def _cuda(

@@ -149,13 +149,26 @@ def _nms_cpu(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: 
     if idxs is None:
         table = _table(boxes[order])
         return order[_greedy(table, iou_threshold, len(order))]
-    if not len(order):
-        return order
-    by_class = torch.sort(idxs[order], stable=True)
-    counts = torch.unique_consecutive(by_class.values, return_counts=True)[1]
+    return order[thin(boxes[order], idxs[order], iou_threshold, len(order))]
+
+
+def thin(boxes: Tensor, problem: Tensor, iou_threshold: float, max_output: int) -> Tensor:
+    """Rows that NMS keeps within their problem, rising: what the CPU bodies of other ops use.
+
+    Args:
+        boxes: ``(N, 4)`` finite float, those of a problem by falling score.
+        problem: ``(N,)`` integer, which problem a box belongs to.
+        iou_threshold: 0..1.
+        max_output: at least so many kept boxes of a problem are given, if it has them.
+    """
+    _check_boxes(boxes, iou_threshold)
+    if not len(boxes):
+        return torch.zeros_like(problem, dtype=torch.int64)
+    problem, order = problem.sort(stable=True)
+    counts = torch.unique_consecutive(problem, return_counts=True)[1]
     starts = torch.cumsum(counts, dim=0) - counts
-    kept = _solve(_table(boxes[order[by_class.indices]]), starts, counts, iou_threshold, len(order))
-    return order[torch.sort(by_class.indices[kept]).values]
+    kept = _solve(_table(boxes[order]), starts, counts, iou_threshold, max_output)
+    return order[kept].sort().values
 
 
 def _nms_padded_cpu(boxes: Tensor, count: Tensor, iou_threshold: float, max_output: int) -> tuple[Tensor, Tensor]:

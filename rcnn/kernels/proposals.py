@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rcnn import boxes as box
 from rcnn.kernels import _launch
-from rcnn.kernels.nms import nms_padded
+from rcnn.kernels.nms import nms_padded, thin
 from rcnn.kernels.sorting import sort_rows
 from rcnn.structures import Proposals
 
@@ -134,27 +134,24 @@ def _cpu(
     clipped = box.clip(decoded, image_sizes)
     usable &= (clipped[..., 2] - clipped[..., 0] >= min_size) & (clipped[..., 3] - clipped[..., 1] >= min_size)
 
-    # One problem of NMS per image and level, the usable rows moved to the front.
-    usable = usable.reshape(-1, width)
-    order = usable.logical_not().to(torch.uint8).sort(dim=1, stable=True).indices
-    boxes = clipped.reshape(-1, width, 4).gather(1, order[..., None].expand(-1, -1, 4))
-    scores = scores.reshape(-1, width).gather(1, order)
-    keep, kept = nms_padded(boxes, usable.sum(dim=1), iou_threshold, min(width, post_nms_top_n))
-
-    # Levels stand in the order of the anchors, and a stable sort keeps that order where scores are equal.
-    slot = torch.arange(keep.shape[1], device=keep.device)
-    scores = scores.gather(1, keep).masked_fill(slot >= kept[:, None], float("-inf")).reshape(images, -1)
-    boxes = boxes.gather(1, keep[..., None].expand(-1, -1, 4)).reshape(images, -1, 4)
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
-    order = order[:, :post_nms_top_n]
-    missing = post_nms_top_n - order.shape[1]
-    total = kept.reshape(images, levels).sum(dim=1).clamp(max=post_nms_top_n)
-    padding = torch.arange(post_nms_top_n, device=total.device) >= total[:, None]
-    boxes = torch.nn.functional.pad(boxes.gather(1, order[..., None].expand(-1, -1, 4)), (0, 0, 0, missing))
-    scores = torch.nn.functional.pad(scores[:, :post_nms_top_n], (0, missing))
-    return Proposals(
-        boxes=boxes.masked_fill(padding[..., None], 0.0), scores=scores.masked_fill(padding, 0.0), count=total
+    # One problem of NMS per image and level. The levels stand in the order of the anchors, and so do equal scores.
+    source = usable.flatten().nonzero().squeeze(1)
+    boxes, scores = clipped.reshape(-1, 4)[source], scores.flatten()[source]
+    kept = thin(boxes, torch.div(source, width, rounding_mode="floor"), iou_threshold, post_nms_top_n)
+    kept = kept[scores[kept].sort(descending=True, stable=True).indices]
+    image, order = torch.div(source[kept], levels * width, rounding_mode="floor").sort(stable=True)
+    kept = kept[order]
+    total = torch.bincount(image, minlength=images)
+    slot = torch.arange(len(image), device=image.device) - (total.cumsum(0) - total)[image]
+    first = slot < post_nms_top_n
+    place, kept = (image[first], slot[first]), kept[first]
+    result = Proposals(
+        boxes=boxes.new_zeros(images, post_nms_top_n, 4),
+        scores=scores.new_zeros(images, post_nms_top_n),
+        count=total.clamp(max=post_nms_top_n),
     )
+    result.boxes[place], result.scores[place] = boxes[kept], scores[kept]
+    return result
 
 
 def _select(objectness: Tensor, level_sizes: Sequence[int], pre_nms_top_n: int) -> list[Tensor]:
