@@ -1,6 +1,7 @@
 """RoI Align against the oracle, by hand at the border of the map, its gradient and its layouts."""
 
 import math
+import re
 
 import pytest
 import reference
@@ -11,6 +12,7 @@ from rcnn.kernels import roi_align as module_function
 from rcnn.kernels.roi_align import multiscale_roi_align, roi_align
 
 LAST = torch.channels_last
+EPS = torch.finfo(torch.float32).eps
 
 
 def random_regions(count: int, images: int, side: float, seed: int) -> Tensor:
@@ -50,28 +52,35 @@ def test_agrees_with_the_oracle(shape: tuple[int, ...], ratio: int, aligned: boo
 
 
 @pytest.mark.parametrize("aligned", [False, True])
-def test_float32_is_float64_rounded(aligned: bool) -> None:
-    maps = torch.randn(2, 3, 20, 30, generator=torch.Generator().manual_seed(2))
+@pytest.mark.parametrize("ratio", [1, 2])
+@pytest.mark.parametrize("shape", [(2, 3, 20, 30), (2, 8, 1, 1), (1, 4, 1, 17), (3, 2, 9, 8)])
+def test_float32_agrees_with_the_oracle(
+    shape: tuple[int, ...], ratio: int, aligned: bool, device: torch.device
+) -> None:
+    maps = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     # Quarters of a pixel, scale 1/4, bins 1/8 of the region: all positions are exact, so no sample changes its side.
-    rois = (random_regions(40, 2, 80, seed=3) * 4).round() / 4
-    rois[:, 0].floor_()
-    exact = roi_align(maps.double(), rois, (8, 4), 0.25, 2, aligned)
-    found = roi_align(maps, rois.float(), (8, 4), 0.25, 2, aligned)
-    assert found.dtype == torch.float32
-    bound = tolerance(torch.float32, 2, 40) * maps.abs().max().item()
-    torch.testing.assert_close(found.double(), exact, rtol=0, atol=bound)
+    rois = (random_regions(20, shape[0], 80, seed=3) * 4).round() / 4
+    rois[:, 0].floor_().clamp_(max=shape[0] - 1)
+    exact = expected(maps.double(), rois, (8, 4), 0.25, ratio, aligned)
+    bound = tolerance(torch.float32, ratio, 40) * maps.abs().max().item()
+    for layout in (torch.contiguous_format, LAST):
+        found = roi_align(maps.to(device, memory_format=layout), rois.to(device).float(), (8, 4), 0.25, ratio, aligned)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.cpu().double(), exact, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_sums_in_float32(dtype: torch.dtype) -> None:
-    maps = torch.randn(2, 3, 20, 30, generator=torch.Generator().manual_seed(4)).to(dtype)
-    rois = random_regions(20, 2, 30, seed=5).float()
+@pytest.mark.parametrize("channels", [3, 8])
+def test_half_precision_sums_in_float32(channels: int, dtype: torch.dtype, device: torch.device) -> None:
+    maps = torch.randn(2, channels, 20, 30, generator=torch.Generator().manual_seed(4)).to(device, dtype)
+    maps = maps.to(memory_format=LAST)
+    rois = random_regions(20, 2, 30, seed=5).to(device).float()
     half, full = maps.clone().requires_grad_(), maps.float().requires_grad_()
     found, wide = roi_align(half, rois, 5, 1.0, 2), roi_align(full, rois, 5, 1.0, 2)
     assert found.dtype == dtype
     # Equal: the sums are the same, rounded once.
     assert torch.equal(found, wide.to(dtype))
-    grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(6)).to(dtype)
+    grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(6)).to(device, dtype)
     found.backward(grad)
     wide.backward(grad.float())
     assert half.grad is not None and full.grad is not None
@@ -94,92 +103,103 @@ def test_gradient_over_levels() -> None:
     )
 
 
-def test_backward_is_the_same_in_every_run() -> None:
-    maps = torch.randn(1, 8, 20, 20, generator=torch.Generator().manual_seed(9)).requires_grad_()
-    rois = random_regions(60, 1, 20, seed=9).float()
+def test_backward_is_the_same_in_every_run(device: torch.device) -> None:
+    maps = torch.randn(1, 8, 20, 20, generator=torch.Generator().manual_seed(9)).to(device).requires_grad_()
+    rois = random_regions(60, 1, 20, seed=9).to(device).float()
     output = roi_align(maps, rois, 7, 1.0, 2)
-    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(9))
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(9)).to(device)
     first, second = (torch.autograd.grad(output, maps, grad, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
 
-def test_samples_on_the_border_count() -> None:
+def test_samples_on_the_border_count(device: torch.device) -> None:
     # One bin with one sample at the region's centre, of a map of ones of 4 x 4: it counts from -1 to 4, both included.
-    ones = torch.ones(1, 1, 4, 4)
-    for centre, value in ((-1.0, 1.0), (math.nextafter(-1, -2) - 1e-6, 0.0), (4.0, 1.0), (4.0 + 1e-6, 0.0)):
-        roi = torch.tensor([[0, centre - 1, 0, centre + 1, 2]], dtype=torch.float64)
-        assert roi_align(ones.double(), roi, 1, 1.0, 1).item() == value
-        assert roi_align(ones.double(), roi[:, [0, 2, 1, 4, 3]], 1, 1.0, 1).item() == value
+    ones, step = torch.ones(1, 1, 4, 4, device=device), 2**-18
+    for centre, value in ((-1.0, 1.0), (-1.0 - step, 0.0), (4.0, 1.0), (4.0 + step, 0.0)):
+        roi = torch.tensor([[0, centre - 1, 0, centre + 1, 2]], device=device)
+        assert roi_align(ones, roi, 1, 1.0, 1).item() == value
+        assert roi_align(ones, roi[:, [0, 2, 1, 4, 3]], 1, 1.0, 1).item() == value
 
 
-def test_adaptive_number_of_samples() -> None:
+def test_adaptive_number_of_samples(device: torch.device) -> None:
     # A bin of exactly 2 cells has 2 samples, at 0.5 and 1.5: the mean of x is 1; a wider one has 3.
-    ramp = torch.arange(8.0, dtype=torch.float64).expand(1, 1, 8, 8) ** 2
-    roi = torch.tensor([[0.0, 0, 0, 2, 2]], dtype=torch.float64)
+    ramp = torch.arange(8.0, device=device).expand(1, 1, 8, 8) ** 2
+    roi = torch.tensor([[0.0, 0, 0, 2, 2]], device=device)
     # Squares between cells: 0.5 lies between 0 and 1, 1.5 between 1 and 4.
     assert roi_align(ramp, roi, 1).item() == (0.5 + 2.5) / 2
     roi[0, 3] = 2.5
     points = [2.5 * (k + 0.5) / 3 for k in range(3)]
     mean = sum((int(p) ** 2) * (1 - p % 1) + (int(p) + 1) ** 2 * (p % 1) for p in points) / 3
-    assert roi_align(ramp, roi, 1).item() == pytest.approx(mean, rel=24 * torch.finfo(torch.float64).eps)
+    assert roi_align(ramp, roi, 1).item() == pytest.approx(mean, rel=24 * torch.finfo(torch.float32).eps)
 
 
-def test_regions_without_extent() -> None:
-    ramp = torch.arange(8.0).expand(1, 1, 8, 8)
-    roi = torch.tensor([[0.0, 3, 3, 3, 3]])
+def test_regions_without_extent(device: torch.device) -> None:
+    ramp = torch.arange(8.0, device=device).expand(1, 1, 8, 8)
+    roi = torch.tensor([[0.0, 3, 3, 3, 3]], device=device)
     # Not aligned: one cell wide, so its centre is at 3.5. Aligned: no width, its centre at 2.5, and no adaptive sample.
     assert roi_align(ramp, roi, 1, 1.0, 1).item() == 3.5
     assert roi_align(ramp, roi, 1, 1.0, 1, aligned=True).item() == 2.5
     assert roi_align(ramp, roi, 1, 1.0, -1, aligned=True).item() == 0
     # Reversed: from 5 back to 1, the same two samples in the other order.
-    turned = torch.tensor([[0.0, 5, 5, 1, 1]])
+    turned = torch.tensor([[0.0, 5, 5, 1, 1]], device=device)
     assert roi_align(ramp, turned, 1, 1.0, 2, aligned=True).item() == 2.5
     assert roi_align(ramp, turned, 1, 1.0, -1, aligned=True).item() == 0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_regions_that_are_not_finite_give_zeros(value: float) -> None:
-    maps = torch.ones(1, 2, 4, 4, requires_grad=True)
+def test_regions_that_are_not_finite_give_zeros(value: float, device: torch.device) -> None:
+    maps = torch.ones(1, 2, 4, 4, device=device)
     for ratio in (-1, 2):
         for column in range(1, 5):
-            rois = torch.tensor([[0.0, 0, 0, 3, 3], [0, 0, 0, 3, 3]])
+            rois = torch.tensor([[0.0, 0, 0, 3, 3], [0, 0, 0, 3, 3]], device=device)
             rois[1, column] = value
-            output = roi_align(maps, rois, 2, 1.0, ratio)
-            assert torch.equal(output, torch.tensor([1.0, 0]).view(2, 1, 1, 1).expand(2, 2, 2, 2))
+            leaf = maps.clone().requires_grad_()
+            output = roi_align(leaf, rois, 2, 1.0, ratio)
+            assert torch.equal(output.cpu(), torch.tensor([1.0, 0]).view(2, 1, 1, 1).expand(2, 2, 2, 2))
+            output.sum().backward()
+            # The weights of the cells of a bin sum to 1; there are 8 bins.
+            assert leaf.grad is not None and leaf.grad.sum().item() == pytest.approx(8, rel=64 * EPS)
             level = multiscale_roi_align([maps, maps[:, :, :2, :2]], rois, 2, (1.0, 0.5), ratio)
             assert not level[1].any()
 
 
-def test_list_of_boxes() -> None:
-    maps = torch.randn(3, 2, 9, 9)
-    boxes = [random_regions(n, 1, 9, seed=n)[:, 1:].float() for n in (2, 0, 3)]
-    rois = torch.cat([torch.cat((torch.full((len(b), 1), float(i)), b), dim=1) for i, b in enumerate(boxes)])
+def test_list_of_boxes(device: torch.device) -> None:
+    maps = torch.randn(3, 2, 9, 9, device=device)
+    boxes = [random_regions(n, 1, 9, seed=n)[:, 1:].to(device).float() for n in (2, 0, 3)]
+    rois = torch.cat([torch.cat((b.new_full((len(b), 1), float(i)), b), dim=1) for i, b in enumerate(boxes)])
     assert torch.equal(roi_align(maps, boxes, 3), roi_align(maps, rois, 3))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, LAST])
-def test_layout_follows_the_input(layout: torch.memory_format) -> None:
-    maps = torch.randn(2, 4, 9, 9).to(memory_format=layout).requires_grad_()
-    rois = random_regions(5, 2, 9, seed=1).float()
+def test_layout_follows_the_input(layout: torch.memory_format, device: torch.device) -> None:
+    maps = torch.randn(2, 4, 9, 9, device=device).to(memory_format=layout).requires_grad_()
+    rois = random_regions(5, 2, 9, seed=1).to(device).float()
     output = roi_align(maps, rois, 3)
     assert output.is_contiguous(memory_format=layout)
     plain = maps.detach().contiguous().requires_grad_()
     reference_output = roi_align(plain, rois, 3)
     assert torch.equal(output, reference_output)
-    grad = torch.randn(output.shape)
+    grad = torch.randn(output.shape, device=device)
     output.backward(grad)
     reference_output.backward(grad)
     assert maps.grad is not None and plain.grad is not None
+    assert maps.grad.is_contiguous(memory_format=layout)
     assert torch.equal(maps.grad, plain.grad)
 
 
-def test_no_region() -> None:
-    maps = torch.randn(2, 4, 9, 9, requires_grad=True)
-    output = roi_align(maps, torch.zeros(0, 5), (3, 2))
+def test_no_region(device: torch.device) -> None:
+    maps = torch.randn(2, 4, 9, 9, device=device, requires_grad=True)
+    none = torch.zeros(0, 5, device=device)
+    output = roi_align(maps, none, (3, 2))
     assert output.shape == (0, 4, 3, 2)
     output.sum().backward()
     assert maps.grad is not None and not maps.grad.any()
-    assert multiscale_roi_align([maps, maps], torch.zeros(0, 5), 2, (0.5, 0.25)).shape == (0, 4, 2, 2)
+    assert multiscale_roi_align([maps, maps], none, 2, (0.5, 0.25)).shape == (0, 4, 2, 2)
+    # No image and no channel.
+    empty = torch.zeros(0, 4, 9, 9, device=device, requires_grad=True)
+    roi_align(empty, none, 2).sum().backward()
+    assert empty.grad is not None and empty.grad.shape == (0, 4, 9, 9)
+    assert roi_align(maps[:, :0], torch.zeros(3, 5, device=device), 2).shape == (3, 0, 2, 2)
 
 
 def test_long_lists_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,10 +217,10 @@ def test_long_lists_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_levels(channels_last: bool) -> None:
-    maps = [torch.randn(2, 3, 64 // 2**k, 96 // 2**k, dtype=torch.float64) for k in range(3)]
+def test_levels(channels_last: bool, device: torch.device) -> None:
+    maps = [torch.randn(2, 3, 64 // 2**k, 96 // 2**k, device=device) for k in range(3)]
     maps = [x.to(memory_format=LAST) if channels_last else x for x in maps]
-    rois = random_regions(60, 2, 600, seed=11)
+    rois = random_regions(60, 2, 600, seed=11).to(device).float()
     rois[:, 3:] += 1
     scales = (1 / 8, 1 / 16, 1 / 32)
     found = multiscale_roi_align(maps, rois, (3, 2), scales, 2)
@@ -212,17 +232,17 @@ def test_levels(channels_last: bool) -> None:
     assert used == {3, 4, 5}
 
 
-def test_level_at_the_canonical_size() -> None:
-    maps = [torch.full((1, 1, 100, 100), float(k)) for k in range(2, 6)]
+def test_level_at_the_canonical_size(device: torch.device) -> None:
+    maps = [torch.full((1, 1, 100, 100), float(k), device=device) for k in range(2, 6)]
     for side, level in ((223.9, 3), (224.0, 4), (448.0, 5), (1.0, 2), (5000.0, 5), (0.0, 2)):
-        roi = torch.tensor([[0.0, 10, 10, 10 + side, 10 + side]])
+        roi = torch.tensor([[0.0, 10, 10, 10 + side, 10 + side]], device=device)
         pooled = multiscale_roi_align(maps, roi, 1, (1 / 4, 1 / 8, 1 / 16, 1 / 32), 1)
-        assert pooled.item() == level
+        assert pooled.item() == pytest.approx(level, rel=8 * EPS)  # four products on weights of two factors
 
 
-def test_only_levels_that_need_it_get_a_gradient() -> None:
-    first, second = torch.ones(1, 1, 8, 8), torch.ones(1, 1, 4, 4, requires_grad=True)
-    rois = torch.tensor([[0.0, 0, 0, 4, 4], [0, 0, 0, 448, 448]])
+def test_only_levels_that_need_it_get_a_gradient(device: torch.device) -> None:
+    first, second = torch.ones(1, 1, 8, 8, device=device), torch.ones(1, 1, 4, 4, device=device, requires_grad=True)
+    rois = torch.tensor([[0.0, 0, 0, 4, 4], [0, 0, 0, 448, 448]], device=device)
     multiscale_roi_align([first, second], rois, 1, (1 / 16, 1 / 32)).sum().backward()
     assert first.grad is None
     assert second.grad is not None and second.grad.any()
@@ -263,3 +283,18 @@ def test_refuses_levels_that_do_not_fit() -> None:
         multiscale_roi_align([MAPS, MAPS], ROIS, 7, [0.5])
     with pytest.raises(ValueError, match="features must share batch, channels and dtype"):
         multiscale_roi_align([MAPS, MAPS.double()], ROIS, 7, [0.5, 0.25])
+    with pytest.raises(ValueError, match=r"spatial_scales must halve from level to level, got \[0.5, 0.125\]"):
+        multiscale_roi_align([MAPS, MAPS], ROIS, 7, [0.5, 0.125])
+
+
+def test_refuses_boxes_that_require_a_gradient(device: torch.device) -> None:
+    maps, rois = MAPS.to(device), torch.zeros(1, 5, device=device, requires_grad=True)
+    message = "boxes must not require a gradient: roi_align has none for them, pass boxes.detach()"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        roi_align(maps, rois, 7)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        roi_align(maps, [rois[:, 1:], rois[:, 1:]], 7)
+    with pytest.raises(ValueError, match="multiscale_roi_align has none"):
+        multiscale_roi_align([maps, maps], rois, 7, [0.5, 0.25])
+    with torch.no_grad():
+        assert roi_align(maps, rois, 7).shape == (1, 3, 7, 7)

@@ -29,13 +29,15 @@ def random_map(shape: tuple[int, ...], seed: int) -> Tensor:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, LAST])
 @pytest.mark.parametrize("shape", [(2, 3, 9, 13), (1, 2, 1, 1), (1, 1, 1, 7), (3, 1, 12, 2)])
 @pytest.mark.parametrize("size", [(1, 1), (4, 2), (8, 8)])
-def test_agrees_with_the_oracle(size: tuple[int, int], shape: tuple[int, ...], layout: torch.memory_format) -> None:
+def test_agrees_with_the_oracle(
+    size: tuple[int, int], shape: tuple[int, ...], layout: torch.memory_format, device: torch.device
+) -> None:
     # Bins are 1, 2, 4, 8: their borders are exact in float32 and the whole-number oracle draws them too.
-    maps = random_map(shape, seed=1).to(memory_format=layout).requires_grad_()
-    rois = random_regions(25, shape[0], 2 * max(shape[2:]), seed=2)
+    maps = random_map(shape, seed=1).to(device, memory_format=layout).requires_grad_()
+    rois = random_regions(25, shape[0], 2 * max(shape[2:]), seed=2).to(device)
     output = roi_pool(maps, rois, size, 0.5)
     grad = torch.randint(-8, 9, output.shape, generator=torch.Generator().manual_seed(3)).float()
-    output.backward(grad)
+    output.backward(grad.to(device))
     values, expected_grad = [], torch.zeros(shape)
     for r, roi in enumerate(rois.tolist()):
         value, cells = reference.roi_pool(maps[int(roi[0])].tolist(), roi[1:], size, 0.5)
@@ -45,10 +47,10 @@ def test_agrees_with_the_oracle(size: tuple[int, int], shape: tuple[int, ...], l
                 for j, cell in enumerate(row):
                     if cell is not None:
                         expected_grad[int(roi[0]), c, cell[0], cell[1]] += grad[r, c, i, j]
-    assert torch.equal(output, torch.tensor(values))
+    assert torch.equal(output.cpu(), torch.tensor(values))
     assert maps.grad is not None
     # Equal: sums of small whole numbers.
-    assert torch.equal(maps.grad, expected_grad)
+    assert torch.equal(maps.grad.cpu(), expected_grad)
     with torch.no_grad():
         assert torch.equal(roi_pool(maps, rois, size, 0.5), output)
     assert torch.equal(roi_pool(maps.detach(), rois, size, 0.5), output)
@@ -56,45 +58,46 @@ def test_agrees_with_the_oracle(size: tuple[int, int], shape: tuple[int, ...], l
     assert output.is_contiguous(memory_format=layout if max(shape[2:]) > 1 else torch.contiguous_format)
 
 
-def test_halves_are_rounded_away_from_zero() -> None:
-    ramp = torch.arange(8.0).expand(1, 1, 8, 8)
+def test_halves_are_rounded_away_from_zero(device: torch.device) -> None:
+    ramp = torch.arange(8.0, device=device).expand(1, 1, 8, 8)
     for corner, value in ((2.5, 3.0), (3.5, 4.0), (0.5, 1.0), (0.4999999701976776, 0.0)):
-        assert roi_pool(ramp, torch.tensor([[0, 0, 0, corner, 0]]), 1).item() == value
+        assert roi_pool(ramp, torch.tensor([[0, 0, 0, corner, 0]], device=device), 1).item() == value
     # From -0.5, which is -1, two cells up to 0: the bins are the cells -1, off the map, and 0.
-    assert roi_pool(ramp + 5, torch.tensor([[0, -0.5, 0, 0, 0]]), (1, 2)).flatten().tolist() == [0.0, 5.0]
+    roi = torch.tensor([[0, -0.5, 0, 0, 0]], device=device)
+    assert roi_pool(ramp + 5, roi, (1, 2)).flatten().tolist() == [0.0, 5.0]
 
 
-def test_bins_share_a_border_cell() -> None:
-    ramp = torch.arange(3.0).expand(1, 1, 1, 3).clone().requires_grad_()
+def test_bins_share_a_border_cell(device: torch.device) -> None:
+    ramp = torch.arange(3.0, device=device).expand(1, 1, 1, 3).clone().requires_grad_()
     # Three cells in two bins: floor(0) to ceil(1.5) and floor(1.5) to ceil(3).
-    output = roi_pool(ramp, torch.tensor([[0.0, 0, 0, 2, 0]]), (1, 2))
+    output = roi_pool(ramp, torch.tensor([[0.0, 0, 0, 2, 0]], device=device), (1, 2))
     assert output.flatten().tolist() == [1.0, 2.0]
     output.sum().backward()
     assert ramp.grad is not None and ramp.grad.flatten().tolist() == [0.0, 1.0, 1.0]
 
 
-def test_the_first_of_equal_cells_takes_the_gradient() -> None:
-    maps = torch.ones(1, 1, 4, 4, requires_grad=True)
-    roi_pool(maps, torch.tensor([[0.0, 1, 1, 3, 3]]), 1).sum().backward()
+def test_the_first_of_equal_cells_takes_the_gradient(device: torch.device) -> None:
+    maps = torch.ones(1, 1, 4, 4, device=device, requires_grad=True)
+    roi_pool(maps, torch.tensor([[0.0, 1, 1, 3, 3]], device=device), 1).sum().backward()
     assert maps.grad is not None and maps.grad.nonzero().tolist() == [[0, 0, 1, 1]]
 
 
-def test_bins_off_the_map_give_zero_and_pass_nothing_on() -> None:
-    maps = torch.full((2, 2, 4, 4), -3.0, requires_grad=True)
-    rois = torch.tensor([[1.0, 10, 10, 20, 20], [1, -20, 0, -10, 3], [0, 0, 0, 3, 3]])
+def test_bins_off_the_map_give_zero_and_pass_nothing_on(device: torch.device) -> None:
+    maps = torch.full((2, 2, 4, 4), -3.0, device=device, requires_grad=True)
+    rois = torch.tensor([[1.0, 10, 10, 20, 20], [1, -20, 0, -10, 3], [0, 0, 0, 3, 3]], device=device)
     output = roi_pool(maps, rois, 2)
-    assert torch.equal(output[:2], torch.zeros(2, 2, 2, 2))
-    assert torch.equal(output[2], torch.full((2, 2, 2), -3.0))
+    assert not output[:2].any()
+    assert (output[2] == -3).all()
     output.sum().backward()
     assert maps.grad is not None
     assert not maps.grad[1].any()
     assert maps.grad[0].sum() == 8
 
 
-def test_values_that_are_not_finite() -> None:
+def test_values_that_are_not_finite(device: torch.device) -> None:
     maps = torch.tensor([[math.nan, 1.0], [math.nan, math.inf], [math.nan, math.nan], [-math.inf, math.nan]])
-    maps = maps.view(4, 1, 1, 2).requires_grad_()
-    rois = torch.tensor([[b, 0.0, 0, 1, 0] for b in range(4)])
+    maps = maps.view(4, 1, 1, 2).to(device).requires_grad_()
+    rois = torch.tensor([[b, 0.0, 0, 1, 0] for b in range(4)], device=device)
     output = roi_pool(maps, rois, 1)
     assert output.flatten().tolist() == [1.0, math.inf, LOWEST, LOWEST]
     assert torch.equal(roi_pool(maps.detach(), rois, 1), output)
@@ -103,10 +106,10 @@ def test_values_that_are_not_finite() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_regions_that_are_not_finite_give_zeros(value: float) -> None:
-    maps = torch.ones(1, 1, 4, 4, requires_grad=True)
+def test_regions_that_are_not_finite_give_zeros(value: float, device: torch.device) -> None:
+    maps = torch.ones(1, 1, 4, 4, device=device, requires_grad=True)
     for column in range(1, 5):
-        rois = torch.tensor([[0.0, 0, 0, 3, 3]])
+        rois = torch.tensor([[0.0, 0, 0, 3, 3]], device=device)
         rois[0, column] = value
         output = roi_pool(maps, rois, 2)
         assert not output.any()
@@ -114,11 +117,18 @@ def test_regions_that_are_not_finite_give_zeros(value: float) -> None:
         assert not grad.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes(dtype: torch.dtype) -> None:
-    maps = random_map((2, 3, 9, 9), seed=4).to(dtype).requires_grad_()
+def test_double_precision() -> None:
+    maps, rois = random_map((2, 3, 9, 9), seed=4), random_regions(10, 2, 9, seed=5)
+    output = roi_pool(maps.double(), rois, 3)
+    assert output.dtype == torch.float64
+    assert torch.equal(output, roi_pool(maps, rois, 3).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype, device: torch.device) -> None:
+    maps = random_map((2, 3, 9, 9), seed=4).to(device, dtype).requires_grad_()
     wide = maps.detach().float().requires_grad_()
-    rois = random_regions(10, 2, 9, seed=5)
+    rois = random_regions(10, 2, 9, seed=5).to(device)
     output, expected = roi_pool(maps, rois, 3), roi_pool(wide, rois, 3)
     assert output.dtype == dtype
     assert torch.equal(output, expected.to(dtype))
@@ -143,11 +153,12 @@ def test_many_regions_of_all_sizes() -> None:
     assert torch.equal(whole, torch.cat([roi_pool(maps, roi[None], 7) for roi in rois]))
 
 
-def test_list_of_boxes_and_no_region() -> None:
-    maps = torch.randn(2, 2, 9, 9, requires_grad=True)
-    box = torch.tensor([[1.0, 2, 5, 7]])
-    assert torch.equal(roi_pool(maps, [box[:0], box], 3), roi_pool(maps, torch.tensor([[1.0, 1, 2, 5, 7]]), 3))
-    output = roi_pool(maps, torch.zeros(0, 5), (3, 2))
+def test_list_of_boxes_and_no_region(device: torch.device) -> None:
+    maps = torch.randn(2, 2, 9, 9, device=device, requires_grad=True)
+    rois = torch.tensor([[1.0, 1, 2, 5, 7]], device=device)
+    box = rois[:, 1:]
+    assert torch.equal(roi_pool(maps, [box[:0], box], 3), roi_pool(maps, rois, 3))
+    output = roi_pool(maps, rois[:0], (3, 2))
     assert output.shape == (0, 2, 3, 2)
     output.sum().backward()
     assert maps.grad is not None and not maps.grad.any()
@@ -163,3 +174,5 @@ def test_refuses() -> None:
         roi_pool(maps, rois + 2, 7)
     with pytest.raises(ValueError, match="output_size must be one or two positive integers, got 0"):
         roi_pool(maps, rois, 0)
+    with pytest.raises(ValueError, match=r"boxes must not require a gradient: roi_pool has none for them, pass boxes"):
+        roi_pool(maps, rois.requires_grad_(), 7)

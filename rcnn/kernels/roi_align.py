@@ -3,24 +3,52 @@
 The output is a sum of map cells with weights that depend on the regions alone, and the weight of a cell is a product
 of a weight in y and one in x. The CPU body lists the cells of each axis once per bin, merges those that several
 samples share, and lets ``embedding_bag`` gather and sum the channels-last rows. The gradient is the same sum over the
-transposed list, so it needs no atomics and is the same in every run.
+transposed list, so it needs no atomics and is the same in every run. The CUDA bodies do the same: lists in shared
+memory forward, and backward a block for each tile of the maps, which adds what the regions send there.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rcnn import boxes as geometry
+from rcnn.kernels import _launch
+from rcnn.kernels.regions import (
+    BLOCKS,
+    as_map,
+    as_rois,
+    as_table,
+    channels_last,
+    check_pool,
+    memory_format,
+    packs,
+    sorted_regions,
+    tiles,
+)
 
 #: Weighted cells listed at once, 12 bytes each and as much again while they are made.
 LISTED = 1 << 22
 #: Added to the level before it is rounded down, as torchvision does, so that 224 pixels fall on the upper level.
 LEVEL_EPS = 1e-6
+#: Levels that the kernels take in one launch.
+MAX_LEVELS = 8
+
+SOURCE = _launch.CudaSource(
+    "roi_align",
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    THREADS=256,
+    SORT=1024,
+    TAPS=512,  # cells of both axes that a forward block lists; a bin that finds no room is summed without a list
+    BINS=128,  # bins of both axes whose cells are listed
+    TILE=8,  # cells on each side of the tile that a backward block owns
+    LANES=16,  # packs of 16 bytes of channels that it owns
+)
 
 
 def roi_align(
@@ -37,7 +65,8 @@ def roi_align(
     of equal parts, with ``n = sampling_ratio``, or ``ceil(region / bins)`` for each axis where that is not positive.
     A sample in ``-1..size`` on both axes is interpolated between its four cells after a clamp to the map, one outside
     counts as 0. Cell 0 has its centre at coordinate 0 of the map, or at 0.5 with ``aligned``; without ``aligned`` a
-    region is at least 1 cell wide and high. A region with a NaN or infinite coordinate gives zeros.
+    region is at least 1 cell wide and high. A region with a NaN or infinite coordinate gives zeros. So does one that
+    names no image on a GPU, where a check would have to wait; on the CPU it is an error.
 
     Args:
         input: ``(B, C, H, W)`` float, map; channels-last is the fast layout and the output's layout follows it.
@@ -51,14 +80,15 @@ def roi_align(
         ``(R, C, oh, ow)`` of the input's dtype, summed in float32 (in float64 for a float64 input).
 
     Raises:
-        ValueError: a shape, dtype or image index is wrong.
+        ValueError: a shape, dtype or image index is wrong, or the boxes require a gradient, which they have none of.
 
     Source:
         He et al., Mask R-CNN (2017), section 3; ``torchvision.ops.roi_align``.
     """
     rois = as_rois(boxes)
-    size = check_pool([input], rois, output_size, [spatial_scale], "input")
-    return _RoIAlign.apply(rois, None, size, (float(spatial_scale),), int(sampling_ratio), bool(aligned), input)
+    size = check_pool([input], rois, output_size, [spatial_scale], "roi_align")
+    place = _Placement((float(spatial_scale),), size, int(sampling_ratio), bool(aligned))
+    return _RoIAlign.apply(rois, place, input)
 
 
 def multiscale_roi_align(
@@ -77,7 +107,8 @@ def multiscale_roi_align(
     where a map of scale ``2 ** -k`` is level k.
 
     Args:
-        features: L maps ``(B, C, H_l, W_l)`` float, finest first, each half the scale of the one before.
+        features: L maps ``(B, C, H_l, W_l)`` float, finest first, each half the scale of the one before; at most 8 on
+            a GPU.
         rois: ``(R, 5)`` float, image index, x1, y1, x2, y2 in image pixels.
         output_size: bins in y and x, or one number for both.
         spatial_scales: map cells per image pixel of each level.
@@ -90,80 +121,17 @@ def multiscale_roi_align(
         ``(R, C, oh, ow)`` of the features' dtype.
 
     Raises:
-        ValueError: a shape, dtype, scale or image index is wrong.
+        ValueError: a shape, dtype, scale or image index is wrong, or the regions require a gradient.
 
     Source:
         Lin et al., Feature Pyramid Networks (2017), equation 1; ``torchvision.ops.MultiScaleRoIAlign``.
     """
-    size = check_pool(features, rois, output_size, spatial_scales, "features")
-    levels = None
-    if len(features) > 1:
-        finest, coarsest = -math.log2(spatial_scales[0]), -math.log2(spatial_scales[-1])
-        side = torch.sqrt(geometry.area(rois.detach()[:, 1:].float()))
-        level = torch.floor(canonical_level + torch.log2(side / canonical_scale) + LEVEL_EPS)
-        levels = (level.nan_to_num(nan=finest).clamp(finest, coarsest) - finest).long()
+    size = check_pool(features, rois, output_size, spatial_scales, "multiscale_roi_align")
     scales = tuple(float(scale) for scale in spatial_scales)
-    return _RoIAlign.apply(rois, levels, size, scales, int(sampling_ratio), bool(aligned), *features)
-
-
-def as_rois(boxes: Tensor | Sequence[Tensor]) -> Tensor:
-    """``(R, 5)`` regions from such a tensor or from one ``(n, 4)`` tensor per image."""
-    if isinstance(boxes, Tensor):
-        return boxes
-    for i, each in enumerate(boxes):
-        if each.dim() != 2 or each.shape[1] != 4:
-            raise ValueError(f"boxes[{i}] must have shape (n, 4), got {tuple(each.shape)}")
-    if not boxes:
-        raise ValueError("boxes must hold one tensor per image, got an empty list")
-    index = torch.cat([each.new_full((len(each), 1), i) for i, each in enumerate(boxes)])
-    return torch.cat((index, torch.cat(list(boxes))), dim=1)
-
-
-def check_pool(
-    features: Sequence[Tensor], rois: Tensor, output_size: int | Sequence[int], scales: Sequence[float], name: str
-) -> tuple[int, int]:
-    """Check the arguments that all RoI pooling ops share; gives the output size as a pair."""
-    if not features or len(features) != len(scales):
-        raise ValueError(f"spatial_scales must name one scale per level, got {len(scales)} for {len(features)}")
-    for each in features:
-        if each.dim() != 4 or 0 in each.shape[2:]:
-            raise ValueError(f"{name} must have shape (B, C, H, W) with H, W > 0, got {tuple(each.shape)}")
-        if not each.is_floating_point():
-            raise ValueError(f"{name} must have a floating point dtype, got {each.dtype}")
-        if each.shape[:2] != features[0].shape[:2] or each.dtype != features[0].dtype:
-            raise ValueError(
-                f"features must share batch, channels and dtype, got {tuple(each.shape)} {each.dtype} beside "
-                f"{tuple(features[0].shape)} {features[0].dtype}"
-            )
-    if rois.dim() != 2 or rois.shape[1] != 5:
-        raise ValueError(f"boxes must have shape (R, 5), got {tuple(rois.shape)}")
-    if not rois.is_floating_point():
-        raise ValueError(f"boxes must have a floating point dtype, got {rois.dtype}")
-    if any(not (scale > 0 and math.isfinite(scale)) for scale in scales):
-        raise ValueError(f"spatial_scale must be positive and finite, got {list(scales)}")
-    pair = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
-    if len(pair) != 2 or any(not isinstance(n, int) or n < 1 for n in pair):
-        raise ValueError(f"output_size must be one or two positive integers, got {output_size!r}")
-    return pair[0], pair[1]
-
-
-def channels_last(x: Tensor) -> bool:
-    """Whether a map, and so what is pooled from it, is laid out channels-last."""
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
-def as_table(x: Tensor) -> Tensor:
-    """``(B * H * W, C)`` rows of a map in the dtype of the arithmetic; a view where the layout allows it."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    # A map of one image can be reshaped without a copy to rows that lie apart: hence contiguous.
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).to(dtype).contiguous()
-
-
-def as_map(table: Tensor, shape: Sequence[int], dtype: torch.dtype, last: bool) -> Tensor:
-    """``(B, C, H, W)`` map of a table; channels-last, which is a view, or contiguous."""
-    batch, channels, height, width = shape
-    x = table.view(batch, height, width, channels).permute(0, 3, 1, 2).to(dtype)
-    return x if last else x.contiguous()
+    if any(round(math.log2(scales[0] / scale)) != level for level, scale in enumerate(scales)):
+        raise ValueError(f"spatial_scales must halve from level to level, got {list(scales)}")
+    place = _Placement(scales, size, int(sampling_ratio), bool(aligned), canonical_scale, canonical_level)
+    return _RoIAlign.apply(rois, place, *features)
 
 
 class _Axis(NamedTuple):
@@ -175,48 +143,56 @@ class _Axis(NamedTuple):
     start: Tensor  # (R, bins) int32, the first of them
 
 
+class _Placement(NamedTuple):
+    """Where the samples of a region lie: the arguments that both passes share."""
+
+    scales: tuple[float, ...]
+    size: tuple[int, int]
+    sampling_ratio: int
+    aligned: bool
+    canonical_scale: float = 224
+    canonical_level: float = 4
+
+    def range(self) -> tuple[float, float]:
+        """Finest and coarsest level."""
+        return -math.log2(self.scales[0]), -math.log2(self.scales[-1])
+
+
 class _RoIAlign(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        rois: Tensor,
-        levels: Tensor | None,
-        size: tuple[int, int],
-        scales: tuple[float, ...],
-        sampling_ratio: int,
-        aligned: bool,
-        *features: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, rois: Tensor, place: _Placement, *features: Tensor) -> Tensor:
         ctx.shapes = [x.shape for x in features]
         ctx.layouts = [channels_last(x) for x in features]
-        ctx.size, ctx.dtype = size, features[0].dtype
-        output, saved = _forward_cpu(features, rois.detach(), levels, size, scales, sampling_ratio, aligned)
+        ctx.place, ctx.dtype = place, features[0].dtype
+        forward = _forward_cuda if _launch.uses_kernels(features[0]) else _forward_cpu
+        output, saved = forward(features, rois.detach(), place)
         ctx.save_for_backward(*saved)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[6:]
-        grads = _backward_cpu(grad, ctx.saved_tensors, ctx.shapes, ctx.layouts, ctx.size, ctx.dtype, needed)
-        return (None,) * 6 + tuple(grads)
+        backward = _backward_cuda if _launch.uses_kernels(grad) else _backward_cpu
+        needed = ctx.needs_input_grad[2:]
+        return None, None, *backward(grad, ctx.saved_tensors, ctx.place, ctx.shapes, ctx.layouts, ctx.dtype, needed)
 
 
-def _forward_cpu(
-    features: Sequence[Tensor],
-    rois: Tensor,
-    levels: Tensor | None,
-    size: tuple[int, int],
-    scales: tuple[float, ...],
-    sampling_ratio: int,
-    aligned: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _levels(rois: Tensor, place: _Placement) -> Tensor:
+    """Place of each region's level among the features ``(R,)`` int64."""
+    finest, coarsest = place.range()
+    side = torch.sqrt(geometry.area(rois[:, 1:].float()))
+    level = torch.floor(place.canonical_level + torch.log2(side / place.canonical_scale) + LEVEL_EPS)
+    return (level.nan_to_num(nan=finest).clamp(finest, coarsest) - finest).long()
+
+
+def _forward_cpu(features: Sequence[Tensor], rois: Tensor, place: _Placement) -> tuple[Tensor, tuple[Tensor, ...]]:
+    scales, size, sampling_ratio, aligned = place[:4]
     batch, channels = features[0].shape[:2]
     if not bool(((rois[:, 0] >= 0) & (rois[:, 0] < batch)).all()):
         raise ValueError(f"boxes must name images 0..{batch - 1}, got {rois[:, 0].min()}..{rois[:, 0].max()}")
     rois = rois.to(torch.float64 if features[0].dtype == torch.float64 else torch.float32)
-    if levels is None:
-        levels = torch.zeros(len(rois), dtype=torch.int64, device=rois.device)
+    several = len(features) > 1
+    levels = _levels(rois, place) if several else torch.zeros(len(rois), dtype=torch.int64, device=rois.device)
     level, order = torch.sort(levels, stable=True)
     rois = rois[order]
     shape = torch.tensor([x.shape[2:] for x in features], device=rois.device)[level]
@@ -232,7 +208,7 @@ def _forward_cpu(
         cell, weight, offset, _ = _expand(y, x, stride, first, last)
         tables.append(_gather(as_table(features[number]), cell, weight, offset))
     rows = tables[0] if len(tables) == 1 else torch.cat(tables) if tables else rois.new_zeros((0, channels))
-    if len(features) > 1:
+    if several:
         rows = rows.view(len(rois), size[0] * size[1] * channels)
         rows = torch.empty_like(rows).index_copy_(0, order, rows).view(-1, channels)
     output = as_map(rows, (len(rois), channels, *size), features[0].dtype, channels_last(features[0]))
@@ -242,15 +218,15 @@ def _forward_cpu(
 def _backward_cpu(
     grad: Tensor,
     saved: tuple[Tensor, ...],
+    place: _Placement,
     shapes: Sequence[torch.Size],
     layouts: Sequence[bool],
-    size: tuple[int, int],
     dtype: torch.dtype,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     order, counts, stride = saved[:3]
     y, x = _Axis(*saved[3:7]), _Axis(*saved[7:11])
-    bins = size[0] * size[1]
+    bins = place.size[0] * place.size[1]
     rows = as_table(grad)
     tables: list[Tensor | None] = [None] * len(shapes)
     for number, first, last in _parts(counts, y, x):
@@ -365,3 +341,91 @@ def _expand(y: _Axis, x: _Axis, stride: Tensor, first: int, last: int) -> tuple[
     cell = base.index_select(0, row) + x.cell.index_select(0, in_x)
     weight = y.weight.index_select(0, in_y).index_select(0, row) * x.weight.index_select(0, in_x)
     return cell, weight, offset.int(), bag.int().index_select(0, row)
+
+
+def _forward_cuda(features: Sequence[Tensor], rois: Tensor, place: _Placement) -> tuple[Tensor, tuple[Tensor, ...]]:
+    if len(features) > MAX_LEVELS:
+        raise ValueError(f"features must have at most {MAX_LEVELS} levels on a GPU, got {len(features)}")
+    batch, channels = features[0].shape[:2]
+    layout = memory_format(channels_last(features[0]))
+    maps = [x.contiguous(memory_format=layout) for x in features]
+    rois = rois.float().contiguous()
+    output = torch.empty(
+        (len(rois), channels, *place.size), dtype=maps[0].dtype, device=maps[0].device, memory_format=layout
+    )
+    parts = min(-(-BLOCKS // max(len(rois), 1)), -(-output[:1].numel() // SOURCE.constants["THREADS"]))
+    last = layout == torch.channels_last
+    _launch.launch(
+        SOURCE,
+        "roi_align_forward",
+        (len(rois), parts),
+        SOURCE.constants["THREADS"],
+        [
+            *_pyramid(maps, [x.shape for x in maps], place),
+            *(rois, output, np.int32(batch), np.int32(channels), *_sampling(place)),
+            *(np.int32(last), np.int32(last and packs(channels, *maps, output))),
+        ],
+        dtype=output.dtype,
+    )
+    return output, (rois,)
+
+
+def _backward_cuda(
+    grad: Tensor,
+    saved: tuple[Tensor, ...],
+    place: _Placement,
+    shapes: Sequence[torch.Size],
+    layouts: Sequence[bool],
+    dtype: torch.dtype,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    (rois,) = saved
+    batch, channels = shapes[0][:2]
+    layout = memory_format(layouts[0])
+    grad = grad.contiguous(memory_format=layout)
+    grads = [
+        torch.empty(shape, dtype=dtype, device=grad.device, memory_format=layout) if need else None
+        for shape, need in zip(shapes, needed, strict=True)
+    ]
+    pyramid = _pyramid(grads, shapes, place)
+    order, cells, offsets = sorted_regions(rois, batch * len(shapes))
+    _launch.launch(
+        SOURCE,
+        "roi_align_sort",
+        batch * len(shapes),
+        SOURCE.constants["SORT"],
+        [*pyramid, rois, np.int32(len(rois)), order, cells, offsets, np.int32(batch), *_sampling(place)],
+        dtype=dtype,
+    )
+    tile = SOURCE.constants["TILE"]
+    slices = -(-channels * grad.element_size() // (16 * SOURCE.constants["LANES"]))
+    _launch.launch(
+        SOURCE,
+        "roi_align_backward",
+        (sum(tiles(shape, tile) for shape, need in zip(shapes, needed, strict=True) if need), slices),
+        SOURCE.constants["THREADS"],
+        [
+            *(*pyramid, rois, grad, order, cells, offsets, np.int32(batch), np.int32(channels), *_sampling(place)),
+            *(np.int32(layouts[0]), np.int32(layouts[0] and packs(channels, grad, *grads))),
+        ],
+        dtype=dtype,
+    )
+    return [
+        None if x is None else x.contiguous(memory_format=memory_format(last))
+        for x, last in zip(grads, layouts, strict=True)
+    ]
+
+
+def _pyramid(maps: Sequence[Tensor | None], shapes: Sequence[torch.Size], place: _Placement) -> list[Any]:
+    """Arguments of the kernels that describe the levels."""
+    arguments: list[Any] = []
+    for x, shape, scale in zip(maps, shapes, place.scales, strict=True):
+        arguments += [x, np.int32(shape[2]), np.int32(shape[3]), np.float32(scale)]
+    arguments += [None, np.int32(0), np.int32(0), np.float32(0)] * (MAX_LEVELS - len(shapes))
+    canonical = place.canonical_scale, place.canonical_level
+    return [*arguments, np.int32(len(shapes)), *(np.float32(x) for x in (*place.range(), *canonical))]
+
+
+def _sampling(place: _Placement) -> list[Any]:
+    """Arguments of the kernels that say where the samples of a region lie."""
+    return [np.int32(x) for x in (*place.size, max(place.sampling_ratio, 0), place.aligned)]

@@ -1,19 +1,33 @@
 """RoI pooling: the largest map value in each bin of a region.
 
 The CPU body takes bins of about the same size together: it gathers their cells from the channels-last map and lets
-``max_pool2d`` find each maximum and the cell that gave it. The gradient goes to that cell.
+``max_pool2d`` find each maximum and the cell that gave it. The gradient goes to that cell. The CUDA bodies
+keep that cell too; backward a block for each tile of the map adds what the bins send there.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rcnn.kernels.roi_align import as_map, as_rois, as_table, channels_last, check_pool
+from rcnn.kernels import _launch
+from rcnn.kernels.regions import (
+    BLOCKS,
+    as_map,
+    as_rois,
+    as_table,
+    channels_last,
+    check_pool,
+    memory_format,
+    packs,
+    sorted_regions,
+    tiles,
+)
 
 #: Output values made at once: few, so that their memory is used again and again, and enough for many bins of a size.
 POOLED = 1 << 20
@@ -21,6 +35,16 @@ POOLED = 1 << 20
 GATHERED = 1 << 19
 #: Map values that may be gathered twice to save a round of calls, which takes about as long.
 SPARE = 1 << 17
+
+SOURCE = _launch.CudaSource(
+    "roi_pool",
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    THREADS=256,
+    SORT=1024,
+    TILE=8,  # cells on each side of the tile that a backward block owns
+    LANES=128,  # channels that it owns
+    UNROLL=8,  # bins that a thread loads at once
+)
 
 
 def roi_pool(
@@ -33,7 +57,8 @@ def roi_pool(
     ``ceil((i + 1) * extent / n) - 1`` of the region that lie on the map. A bin without a cell gives 0 and passes no
     gradient on. At equal values the first cell in row-major order takes the gradient. NaN values are passed over; a
     bin of nothing else gives the lowest finite number and passes no gradient on. So does a region with a NaN or
-    infinite coordinate give zeros.
+    infinite coordinate give zeros, and on a GPU, where a check would have to wait, one that names no image; on the CPU
+    that is an error.
 
     Args:
         input: ``(B, C, H, W)`` float, map; channels-last is the fast layout and the output's layout follows it.
@@ -45,13 +70,13 @@ def roi_pool(
         ``(R, C, oh, ow)`` of the input's dtype.
 
     Raises:
-        ValueError: a shape, dtype or image index is wrong.
+        ValueError: a shape, dtype or image index is wrong, or the boxes require a gradient, which they have none of.
 
     Source:
         Girshick, Fast R-CNN (2015), section 2.1; ``torchvision.ops.roi_pool``.
     """
     rois = as_rois(boxes)
-    size = check_pool([input], rois, output_size, [spatial_scale], "input")
+    size = check_pool([input], rois, output_size, [spatial_scale], "roi_pool")
     needs_grad = input.requires_grad and torch.is_grad_enabled()
     return _RoIPool.apply(input, rois, size, float(spatial_scale), needs_grad)
 
@@ -62,14 +87,18 @@ class _RoIPool(torch.autograd.Function):
         ctx: Any, input: Tensor, rois: Tensor, size: tuple[int, int], spatial_scale: float, needs_grad: bool
     ) -> Tensor:
         ctx.shape, ctx.dtype, ctx.layout = input.shape, input.dtype, channels_last(input)
-        output, cell = _forward_cpu(input, rois.detach(), size, spatial_scale, needs_grad)
-        ctx.save_for_backward(cell)
+        ctx.scale = spatial_scale
+        forward = _forward_cuda if _launch.uses_kernels(input) else _forward_cpu
+        output, cell = forward(input, rois.detach(), size, spatial_scale, needs_grad)
+        ctx.save_for_backward(cell, rois)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (cell,) = ctx.saved_tensors
+        cell, rois = ctx.saved_tensors
+        if _launch.uses_kernels(grad):
+            return _backward_cuda(grad, cell, rois, ctx.shape, ctx.layout, ctx.scale), None, None, None, None
         return _backward_cpu(grad, cell, ctx.shape, ctx.dtype, ctx.layout), None, None, None, None
 
 
@@ -206,3 +235,64 @@ def _groups(key: Tensor, channels: int) -> Iterator[tuple[int, int, slice]]:
             first, fits = last, (rows, columns, rows * columns * count)
         high, across, cells = fits
         last += count
+
+
+def _forward_cuda(
+    input: Tensor, rois: Tensor, size: tuple[int, int], spatial_scale: float, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Maxima and, if a gradient is needed, their cells, both ``(R, C, oh, ow)``; a cell is y * W + x, -1 for none."""
+    batch, channels, height, width = input.shape
+    layout = memory_format(channels_last(input))
+    input = input.contiguous(memory_format=layout)
+    shape = (len(rois), channels, *size)
+    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
+    cells = torch.empty_like(output, dtype=torch.int32) if needs_grad else None
+    parts = min(-(-BLOCKS // max(len(rois), 1)), -(-output[:1].numel() // SOURCE.constants["THREADS"]))
+    last = layout == torch.channels_last
+    numbers = (batch, channels, height, width, *size, last, last and packs(channels, input, output))
+    _launch.launch(
+        SOURCE,
+        "roi_pool_forward",
+        (len(rois), parts),
+        SOURCE.constants["THREADS"],
+        [
+            *(input, rois.float().contiguous(), output, cells, np.float32(spatial_scale)),
+            *(np.int32(x) for x in numbers),
+        ],
+        dtype=input.dtype,
+    )
+    return output, cells
+
+
+def _backward_cuda(
+    grad: Tensor, cells: Tensor, rois: Tensor, shape: Sequence[int], last: bool, spatial_scale: float
+) -> Tensor:
+    batch, channels, height, width = shape
+    layout = memory_format(last)
+    grad, rois = grad.contiguous(memory_format=layout), rois.float().contiguous()
+    output = torch.empty(tuple(shape), dtype=grad.dtype, device=grad.device, memory_format=layout)
+    order, touched, offsets = sorted_regions(rois, batch)
+    scale, size = np.float32(spatial_scale), (np.int32(grad.shape[2]), np.int32(grad.shape[3]))
+    _launch.launch(
+        SOURCE,
+        "roi_pool_sort",
+        batch,
+        SOURCE.constants["SORT"],
+        [
+            *(rois, np.int32(len(rois)), order, touched, offsets, scale),
+            *(np.int32(batch), np.int32(height), np.int32(width), *size),
+        ],
+        dtype=grad.dtype,
+    )
+    _launch.launch(
+        SOURCE,
+        "roi_pool_backward",
+        (tiles(shape, SOURCE.constants["TILE"]), -(-channels // SOURCE.constants["LANES"])),
+        SOURCE.constants["LANES"],
+        [
+            *(output, rois, grad, cells, order, touched, offsets, scale),
+            *(np.int32(batch), np.int32(channels), np.int32(height), np.int32(width), *size, np.int32(last)),
+        ],
+        dtype=grad.dtype,
+    )
+    return output

@@ -6,10 +6,12 @@ from rcnn.kernels import _launch
 from rcnn.kernels.detections import SOURCE as DETECTIONS
 from rcnn.kernels.nms import SOURCE as NMS
 from rcnn.kernels.proposals import SOURCE as PROPOSALS
+from rcnn.kernels.roi_align import SOURCE as ROI_ALIGN
+from rcnn.kernels.roi_pool import SOURCE as ROI_POOL
 from rcnn.kernels.sorting import SOURCE as SORTING
 
 #: The CUDA body of every op. A test compares this with the ``.cu`` files of the folder.
-SOURCES: tuple[_launch.CudaSource, ...] = (DETECTIONS, NMS, PROPOSALS, SORTING)
+SOURCES: tuple[_launch.CudaSource, ...] = (DETECTIONS, NMS, PROPOSALS, ROI_ALIGN, ROI_POOL, SORTING)
 
 
 def warmup(device: torch.device | str | int | None = None) -> None:

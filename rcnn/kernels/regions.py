@@ -1,0 +1,98 @@
+"""What the ops on regions of interest share: their checks, the layouts of maps, and room for ``regions.cuh``."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: Blocks that keep a large GPU busy in a forward pass: with fewer regions than that, several blocks share one.
+BLOCKS = 1024
+
+
+def as_rois(boxes: Tensor | Sequence[Tensor]) -> Tensor:
+    """``(R, 5)`` regions from such a tensor or from one ``(n, 4)`` tensor per image."""
+    if isinstance(boxes, Tensor):
+        return boxes
+    for i, each in enumerate(boxes):
+        if each.dim() != 2 or each.shape[1] != 4:
+            raise ValueError(f"boxes[{i}] must have shape (n, 4), got {tuple(each.shape)}")
+    if not boxes:
+        raise ValueError("boxes must hold one tensor per image, got an empty list")
+    index = torch.cat([each.new_full((len(each), 1), i) for i, each in enumerate(boxes)])
+    return torch.cat((index, torch.cat(list(boxes))), dim=1)
+
+
+def check_pool(
+    features: Sequence[Tensor], rois: Tensor, output_size: int | Sequence[int], scales: Sequence[float], op: str
+) -> tuple[int, int]:
+    """Check the arguments that all RoI pooling ops share; gives the output size as a pair."""
+    name = "features" if op == "multiscale_roi_align" else "input"
+    if not features or len(features) != len(scales):
+        raise ValueError(f"spatial_scales must name one scale per level, got {len(scales)} for {len(features)}")
+    for each in features:
+        if each.dim() != 4 or 0 in each.shape[2:]:
+            raise ValueError(f"{name} must have shape (B, C, H, W) with H, W > 0, got {tuple(each.shape)}")
+        if not each.is_floating_point():
+            raise ValueError(f"{name} must have a floating point dtype, got {each.dtype}")
+        if each.shape[:2] != features[0].shape[:2] or each.dtype != features[0].dtype:
+            raise ValueError(
+                f"features must share batch, channels and dtype, got {tuple(each.shape)} {each.dtype} beside "
+                f"{tuple(features[0].shape)} {features[0].dtype}"
+            )
+    if rois.dim() != 2 or rois.shape[1] != 5:
+        raise ValueError(f"boxes must have shape (R, 5), got {tuple(rois.shape)}")
+    if not rois.is_floating_point():
+        raise ValueError(f"boxes must have a floating point dtype, got {rois.dtype}")
+    if rois.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"boxes must not require a gradient: {op} has none for them, pass boxes.detach()")
+    if any(not (scale > 0 and math.isfinite(scale)) for scale in scales):
+        raise ValueError(f"spatial_scale must be positive and finite, got {list(scales)}")
+    pair = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+    if len(pair) != 2 or any(not isinstance(n, int) or n < 1 for n in pair):
+        raise ValueError(f"output_size must be one or two positive integers, got {output_size!r}")
+    return pair[0], pair[1]
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether a map, and so what is pooled from it, is laid out channels-last."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def memory_format(last: bool) -> torch.memory_format:
+    """The layout that :func:`channels_last` asks about."""
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def as_table(x: Tensor) -> Tensor:
+    """``(B * H * W, C)`` rows of a map in the dtype of the arithmetic; a view where the layout allows it."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    batch, channels, height, width = x.shape
+    # A map of one image can be reshaped without a copy to rows that lie apart: hence contiguous.
+    return x.permute(0, 2, 3, 1).reshape(batch * height * width, channels).to(dtype).contiguous()
+
+
+def as_map(table: Tensor, shape: Sequence[int], dtype: torch.dtype, last: bool) -> Tensor:
+    """``(B, C, H, W)`` map of a table; channels-last, which is a view, or contiguous."""
+    batch, channels, height, width = shape
+    x = table.view(batch, height, width, channels).permute(0, 3, 1, 2).to(dtype)
+    return x if last else x.contiguous()
+
+
+def packs(channels: int, *tensors: Tensor | None) -> bool:
+    """Whether the channels of channels-last tensors can be read and written 16 bytes at a time."""
+    return all(x is None or (x.data_ptr() % 16 == 0 and channels * x.element_size() % 16 == 0) for x in tensors)
+
+
+def tiles(shape: Sequence[int], side: int) -> int:
+    """Number of square tiles that cover the maps of a ``(B, C, H, W)`` tensor."""
+    return shape[0] * -(-shape[2] // side) * -(-shape[3] // side)
+
+
+def sorted_regions(rois: Tensor, segments: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what ``sort_regions`` of ``regions.cuh`` writes: the order, the cells that each touches, the offsets."""
+    return (
+        rois.new_empty(len(rois), dtype=torch.int32),
+        rois.new_empty((len(rois), 4), dtype=torch.int32),
+        rois.new_empty(segments + 1, dtype=torch.int32),
+    )

@@ -1,0 +1,222 @@
+// RoI pooling on the device: the largest value of each bin, and a backward that gives the same bits in every run.
+//
+// roi_pool_forward   grid (R, parts), block THREADS: a block pools a part of one region; a thread visits the cells of a
+//                    bin in row-major order, with 16 bytes of channels (channels-last) or one value (otherwise).
+// roi_pool_sort      grid B, block SORT: the regions of each image, see regions.cuh.
+// roi_pool_backward  grid (tiles of all images, slices of channels), block LANES: a block owns TILE x TILE cells of
+//                    LANES channels in shared memory; a thread owns one channel, and adds to it what the bins that
+//                    overlap the tile send there, bin after bin.
+//
+// Layouts: maps (B, C, H, W) and outputs (R, C, oh, ow), all of them channels-last (last = 1) or all contiguous.
+// regions (R, 5) float32: image, x1, y1, x2, y2. A region that names no image or is not finite gives zeros and
+// sends nothing. argmax (R, C, oh, ow) int32, laid out like the output: y * W + x of the cell, -1 for none.
+// With `vector`, C is a multiple of a pack and all pointers lie on 16-byte boundaries.
+// Source: Girshick, Fast R-CNN (2015), section 2.1; the cells of a bin are those of torchvision.ops.roi_pool.
+
+#include "box.cuh"
+#include "regions.cuh"
+#include "scalar.cuh"
+
+// The lowest finite number of a storage type.
+__device__ __forceinline__ float lowest(float) {
+    return -3.40282346638528859812e38f;
+}
+
+__device__ __forceinline__ float lowest(bfloat16) {
+    return to_float(bfloat16{0xff7f});
+}
+
+__device__ __forceinline__ float lowest(float16) {
+    return -65504.0f;
+}
+
+// First cell of a region on an axis of a map and the extent of a bin, both in cells.
+struct Axis {
+    float first, step;
+    int size;
+};
+
+// Nearest whole number, halves away from zero.
+__device__ __forceinline__ float round_away(float x) {
+    const float whole = truncf(x);
+    return fabsf(x - whole) >= 0.5f ? whole + (x < 0.0f ? -1.0f : 1.0f) : whole;
+}
+
+__device__ __forceinline__ Axis make_axis(float low, float high, float scale, int size, int bins) {
+    const float first = round_away(low * scale), last = round_away(high * scale);
+    const float step = fmaxf((last - first) + 1.0f, 1.0f) / static_cast<float>(bins);
+    // Scaling may make infinity of large coordinates: a map of no cells then.
+    return {first, step, is_finite(first) && is_finite(step) ? size : 0};
+}
+
+// Cells of a bin on the map, from x up to y, which does not belong to them.
+__device__ __forceinline__ int2 cells_of(const Axis& axis, int bin) {
+    const float size = static_cast<float>(axis.size), number = static_cast<float>(bin);
+    const float start = floorf(number * axis.step) + axis.first, end = ceilf((number + 1.0f) * axis.step) + axis.first;
+    return make_int2(static_cast<int>(fminf(fmaxf(start, 0.0f), size)),
+                     static_cast<int>(fminf(fmaxf(end, 0.0f), size)));
+}
+
+struct Region {
+    int image;  // -1: none
+    Axis y, x;
+};
+
+__device__ __forceinline__ Region region_of(const float* region, float scale, int batch, int height, int width,
+                                            int bins_y, int bins_x) {
+    const Box box = {region[1], region[2], region[3], region[4]};
+    return {box_finite(box) ? region_image(region, batch) : -1, make_axis(box.y1, box.y2, scale, height, bins_y),
+            make_axis(box.x1, box.x2, scale, width, bins_x)};
+}
+
+// A block's part of a region's output, in packs of N channels.
+template <int N>
+__device__ __forceinline__ void pool(const scalar* map, const Region& region, scalar* output, int* argmax,
+                                     int channels, int height, int width, int bins_y, int bins_x, int last) {
+    const int bins = bins_y * bins_x, packs = channels / N;
+    const int column = last ? channels : 1;
+    const int items = packs * bins, part = (items + gridDim.y - 1) / gridDim.y;
+    const int first = part * blockIdx.y, end = min(first + part, items);
+    for (int item = first + threadIdx.x; item < end; item += THREADS) {
+        // Neighbouring threads: channels of a bin, or bins of a channel.
+        const int bin = last ? item / packs : item % bins;
+        const int channel = last ? (item - bin * packs) * N : item / bins;
+        const int bin_y = bin / bins_x;
+        const int2 rows = cells_of(region.y, bin_y), columns = cells_of(region.x, bin - bin_y * bins_x);
+        const scalar* p = map + (last ? channel : channel * height * width);
+        const bool empty = region.image < 0 || rows.x >= rows.y || columns.x >= columns.y;
+        float best[N];
+        int at[N];
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            best[i] = empty ? 0.0f : lowest(scalar{});
+            at[i] = -1;
+        }
+        for (int y = rows.x; y < rows.y && !empty; y++) {
+#pragma unroll 2
+            for (int x = columns.x; x < columns.y; x++) {
+                const int cell = y * width + x;
+                float value[N];
+                if constexpr (N == 1) {
+                    value[0] = to_float(p[cell * column]);
+                } else {
+                    load16(p + cell * column, value);
+                }
+#pragma unroll
+                for (int i = 0; i < N; i++) {
+                    if (value[i] > best[i]) best[i] = value[i], at[i] = cell;  // NaN is above nothing
+                }
+            }
+        }
+        const int out = last ? bin * channels + channel : item;
+        if constexpr (N == 1) {
+            output[out] = from_float<scalar>(best[0]);
+            if (argmax) argmax[out] = at[0];
+        } else {
+            store16(output + out, best);
+            if (argmax) {
+#pragma unroll
+                for (int i = 0; i < N; i += 4) {
+                    *reinterpret_cast<int4*>(argmax + out + i) = make_int4(at[i], at[i + 1], at[i + 2], at[i + 3]);
+                }
+            }
+        }
+    }
+}
+
+// Without `argmax` no gradient will be asked for.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    roi_pool_forward(const scalar* __restrict__ map, const float* __restrict__ regions, scalar* __restrict__ output,
+                     int* __restrict__ argmax, float scale, int batch, int channels, int height, int width, int bins_y,
+                     int bins_x, int last, int vector) {
+    __shared__ Region region;  // to spare registers
+    if (threadIdx.x == 0)
+        region = region_of(regions + 5 * blockIdx.x, scale, batch, height, width, bins_y, bins_x);
+    __syncthreads();
+    const scalar* plane = map + max(region.image, 0) * channels * height * width;
+    const int out = blockIdx.x * (channels * bins_y * bins_x);
+    int* at = argmax ? argmax + out : nullptr;
+    if (vector) {
+        pool<Pack<scalar>::size>(plane, region, output + out, at, channels, height, width, bins_y, bins_x, last);
+    } else {
+        pool<1>(plane, region, output + out, at, channels, height, width, bins_y, bins_x, last);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(SORT, 1)
+    roi_pool_sort(const float* __restrict__ regions, int count, int* __restrict__ order, int4* __restrict__ cells,
+                  int* __restrict__ offsets, float scale, int batch, int height, int width, int bins_y, int bins_x) {
+    sort_regions<SORT>(count, order, cells, offsets, [&](int i) -> Touched {
+        const Region region = region_of(regions + 5 * i, scale, batch, height, width, bins_y, bins_x);
+        return {region.image, cells_of(region.y, 0).x, cells_of(region.x, 0).x, cells_of(region.y, bins_y - 1).y - 1,
+                cells_of(region.x, bins_x - 1).y - 1};
+    });
+}
+
+extern "C" __global__ void __launch_bounds__(LANES)
+    roi_pool_backward(scalar* __restrict__ map, const float* __restrict__ regions, const scalar* __restrict__ grad,
+                      const int* __restrict__ argmax, const int* __restrict__ order, const int4* __restrict__ cells,
+                      const int* __restrict__ offsets, float scale, int batch, int channels, int height, int width,
+                      int bins_y, int bins_x, int last) {
+    constexpr int STRIDE = LANES + 1;  // so that a row of cells of one channel lies in different banks
+    __shared__ float sums[TILE * TILE * STRIDE];
+    __shared__ int list[LANES], bins_here[LANES];
+    const int across = (width + TILE - 1) / TILE, down = (height + TILE - 1) / TILE;
+    const int image = blockIdx.x / (down * across);
+    const int top = static_cast<int>(blockIdx.x) / across % down * TILE, left = blockIdx.x % across * TILE;
+    const int bins = bins_y * bins_x, first_channel = blockIdx.y * LANES, lane = threadIdx.x;
+    const int own = (first_channel + lane) * (last ? 1 : bins);
+    const bool active = first_channel + lane < channels;
+    const unsigned reciprocal = 0xffffffffu / static_cast<unsigned>(width);
+    for (int i = 0; i < TILE * TILE; i++) sums[i * STRIDE + lane] = 0.0f;
+    const int end = offsets[image + 1];
+    for (int first = offsets[image]; first < end; first += LANES) {
+        const int found = find_regions<LANES, TILE>(order, cells, first, end, top, left,
+                                                    list);
+        for (int start = 0; start < found * bins; start += LANES) {
+            // A bin for each thread: does it overlap the tile?
+            const int i = start + lane, number = i < found * bins ? list[i / bins] : 0, bin = i % bins;
+            const Region region = region_of(regions + 5 * number, scale, batch, height, width, bins_y, bins_x);
+            const int2 rows = cells_of(region.y, bin / bins_x), columns = cells_of(region.x, bin % bins_x);
+            const bool overlaps = i < found * bins && rows.x < rows.y && columns.x < columns.y &&
+                                  rows.x < top + TILE && rows.y > top && columns.x < left + TILE && columns.y > left;
+            int count;
+            const int place = rank_in_block<LANES>(overlaps, count);
+            if (overlaps) bins_here[place] = number * (channels * bins) + bin * (last ? channels : 1);
+            __syncthreads();
+            for (int k = 0; k < count && active; k += UNROLL) {
+                // The loads of several bins are under way at once.
+                int at[UNROLL];
+                float value[UNROLL];
+#pragma unroll
+                for (int u = 0; u < UNROLL; u++) {
+                    const int from = bins_here[min(k + u, count - 1)] + own;
+                    at[u] = argmax[from];
+                    value[u] = to_float(grad[from]);
+                }
+#pragma unroll
+                for (int u = 0; u < UNROLL; u++) {
+                    if (at[u] < 0 || k + u >= count) continue;
+                    // Row and column: the product with the reciprocal is the quotient or one less.
+                    int y = static_cast<int>(__umulhi(static_cast<unsigned>(at[u]), reciprocal)), x = at[u] - y * width;
+                    if (x >= width) y++, x -= width;
+                    y -= top, x -= left;
+                    if (y >= 0 && y < TILE && x >= 0 && x < TILE) sums[(y * TILE + x) * STRIDE + lane] += value[u];
+                }
+            }
+            __syncthreads();  // before the list is written again
+        }
+    }
+    __syncthreads();
+    const int tall = min(TILE, height - top), wide = min(TILE, width - left);
+    const int channels_here = min(LANES, channels - first_channel), plane = height * width;
+    for (int i = lane; i < TILE * TILE * LANES; i += LANES) {
+        // Neighbouring threads: channels, or columns of the map.
+        const int c = last ? i % LANES : i / (TILE * TILE), cell = last ? i / LANES : i % (TILE * TILE);
+        const int y = cell / TILE, x = cell % TILE;
+        if (y >= tall || x >= wide || c >= channels_here) continue;
+        const int at = (top + y) * width + left + x, channel = first_channel + c;
+        map[last ? (image * plane + at) * channels + channel : (image * channels + channel) * plane + at] =
+            from_float<scalar>(sums[cell * STRIDE + c]);
+    }
+}
