@@ -39,12 +39,12 @@ __device__ __forceinline__ int digit_bits(int digit) {
     return min(KEY_BITS - digit * DIGIT_BITS, DIGIT_BITS);
 }
 
-// Rises with x; -0 equals 0; 0 for NaN and infinity, which no finite number gives.
+// Rises with x; -0 equals 0; 0 for NaN and infinity, which no finite number gives. Without a branch, so that the loads
+// of several x are in flight together.
 __device__ __forceinline__ unsigned order_key(float x) {
-    unsigned bits = __float_as_uint(x);
-    if (!is_finite(x)) return 0u;
-    if (bits == 0x80000000u) bits = 0u;
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    const unsigned bits = __float_as_uint(x);
+    const unsigned key = bits & 0x80000000u ? 0u - bits : bits | 0x80000000u;
+    return is_finite(x) ? key : 0u;
 }
 
 // Where a tile lies.
@@ -134,13 +134,18 @@ count_digits(const scalar* __restrict__ objectness, int* __restrict__ histograms
     __syncthreads();
     const int shift = digit_shift(digit), bits = digit_bits(digit);
     objectness += static_cast<long long>(blockIdx.y) * anchors;
+    unsigned key[ROUNDS];
 #pragma unroll
     for (int round = 0; round < ROUNDS; ++round) {
         const int i = tile.first + round * THREADS + threadIdx.x;
-        const unsigned key = i < tile.end ? order_key(to_float(objectness[i])) >> (32 - KEY_BITS) : 0u;
+        const unsigned whole = order_key(to_float(objectness[min(i, tile.end - 1)]));
+        key[round] = i < tile.end ? whole >> (32 - KEY_BITS) : 0u;
+    }
+#pragma unroll
+    for (int round = 0; round < ROUNDS; ++round) {
         // In two steps, because the first digit leaves no bit above it.
-        const unsigned upper = key >> shift;
-        if (key != 0u && upper >> (bits - 1) >> 1 == pivot.prefix) atomicAdd(&counts[upper & ((1u << bits) - 1)], 1);
+        const unsigned upper = key[round] >> shift, prefix = upper >> (bits - 1) >> 1;
+        if (key[round] != 0u && prefix == pivot.prefix) atomicAdd(&counts[upper & ((1u << bits) - 1)], 1);
     }
     __syncthreads();
     for (int bin = threadIdx.x; bin < BINS; bin += THREADS) {
@@ -153,7 +158,7 @@ count_digits(const scalar* __restrict__ objectness, int* __restrict__ histograms
 }
 
 // Every key above the pivot, and of those equal to it the first ones by index.
-extern "C" __global__ void __launch_bounds__(THREADS, 3)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
 collect_anchors(const scalar* __restrict__ objectness, const int* __restrict__ histograms,
                 const int* __restrict__ ties, long long* __restrict__ keys, long long* __restrict__ selected,
                 int capacity, int anchors, int levels, int end0, int end1, int end2, int end3, int end4, int end5,
@@ -180,7 +185,11 @@ collect_anchors(const scalar* __restrict__ objectness, const int* __restrict__ h
 #pragma unroll
     for (int round = 0; round < ROUNDS; ++round) {
         const int i = first + round * 32;
-        score[round] = i < tile.end ? order_key(to_float(objectness[i])) : 0u;
+        const unsigned whole = order_key(to_float(objectness[min(i, tile.end - 1)]));
+        score[round] = i < tile.end ? whole : 0u;
+    }
+#pragma unroll
+    for (int round = 0; round < ROUNDS; ++round) {
         equal_count += __popc(__ballot_sync(0xffffffffu, score[round] >> (32 - KEY_BITS) == pivot.prefix));
     }
     if (lane == 0) totals[warp] = equal_count;
