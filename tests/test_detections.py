@@ -176,6 +176,14 @@ def test_values_that_are_not_finite_are_dropped(device: torch.device) -> None:
     check(run(logits, deltas, found), logits, deltas, found, 0.05, 0.5, 100)
 
 
+def test_a_box_that_grows_to_infinity_is_dropped(device: torch.device) -> None:
+    """Half of 1e38 * exp(16 / 4) is beyond float32; clipping would make a box of the whole image of it."""
+    found = one([0.0, 0.0, 1e38, 1.0], device)
+    for dw, count in ((16.0, 0), (0.0, 1)):
+        deltas = torch.tensor([[0.0] * 4 + [0.0, 0.0, dw, 0.0]], device=device)
+        assert run(torch.zeros(1, 2, device=device), deltas, found).count.tolist() == [count]
+
+
 def test_padding_never_detects(device: torch.device) -> None:
     logits, deltas, found = inputs(device, images=1)
     boxes = found.boxes.clone()

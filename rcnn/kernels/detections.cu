@@ -32,15 +32,9 @@ score_classes(const scalar* __restrict__ logits, const long long* __restrict__ u
     if (proposal >= used[image]) return;
     const scalar* logit = logits + static_cast<long long>(row) * classes;
     float highest = __uint_as_float(0xff800000u);
-    bool number = true;
-    for (int c = lane; c < classes; c += 32) {
-        const float x = to_float(logit[c]);
-        highest = fmaxf(highest, x);
-        number = number && x == x;
-    }
+    for (int c = lane; c < classes; c += 32) highest = fmaxf(highest, to_float(logit[c]));
     for (int step = 16; step > 0; step /= 2) highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, step));
-    // NaN among the logits, or infinity as their maximum, makes every score of the row NaN.
-    if (!__all_sync(0xffffffffu, number) || !is_finite(highest)) return;
+    // NaN among the logits, or infinity as their maximum, makes the sum NaN and so every score of the row.
     float sum = 0.0f;
     for (int c = lane; c < classes; c += 32) sum += expf(to_float(logit[c]) - highest);
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
