@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 _T = TypeVar("_T")
 
 ModelName = Literal["tiny", "resnet18_fpn", "resnet50_fpn", "vgg16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
 @dataclass
@@ -152,6 +153,8 @@ class LoaderConfig:
         vertical_flip: probability of a vertical flip in training.
         color: strength of the brightness, contrast and saturation jitter in training, 0..1.
         scale: range of the random zoom in training, as a factor on ``min_size``.
+        buckets: pad images to one of a few sizes, and ground truth to a few capacities, so that shapes repeat; unset:
+            on a GPU.
     """
 
     batch_size: int | Literal["auto"] | None = None
@@ -160,6 +163,7 @@ class LoaderConfig:
     vertical_flip: float = 0.0
     color: float | None = None
     scale: tuple[float, float] | None = None
+    buckets: bool | None = None
 
 
 @dataclass
@@ -186,6 +190,11 @@ class TrainConfig:
         max_bad_steps: steps with a loss or gradient that is not finite which are skipped; one more ends the run.
         deterministic: only algorithms that give the same bits each time.
         sync_bn: BatchNorm takes its statistics over the batches of all processes.
+        precision: what layers compute in: IEEE float32; float32 with factors rounded for tensor cores; bfloat16 or
+            float16 under autocast, float16 with a scaled loss.
+        channels_last: keep maps in the order of NHWC, which convolutions are quicker in.
+        compile: let torch.compile fuse the trunk and the heads; the first steps take minutes.
+        cuda_graph: record the step of each shape of batch as a CUDA graph and replay it; as usual where it cannot be.
         model: the detector.
         optim: optimiser and learning rate.
         loader: batches and augmentation.
@@ -210,6 +219,10 @@ class TrainConfig:
     max_bad_steps: int = 0
     deterministic: bool = False
     sync_bn: bool = False
+    precision: Precision = "fp32"
+    channels_last: bool = True
+    compile: bool = False
+    cuda_graph: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rcnn import distributed
-from rcnn.config import LoaderConfig, OptimConfig, given
+from rcnn.config import LoaderConfig, OptimConfig, Precision, given
+from rcnn.data.batch import Batch
 from rcnn.data.dataset import DetectionDataset
-from rcnn.data.loader import DIVISOR, Batch, Loader, make_loader
+from rcnn.data.loader import DIVISOR, Loader, make_loader
 from rcnn.metrics.coco import coco_ap
 from rcnn.metrics.voc import voc_ap
 from rcnn.models.faster_rcnn import FasterRCNN
 from rcnn.optim import make_optimizer
+from rcnn.precision import LossScaler, computing
 from rcnn.structures import Targets
 
 #: Ground-truth boxes per image with which a batch size is tried out, and the share of the GPU's memory it may take.
@@ -96,15 +98,13 @@ class StepResult:
     """What a step found, on its way to the host; asking for it waits for the step, and for nothing after it.
 
     Args:
-        names: of the losses.
-        losses: ``(N,)`` float, of this process.
-        means: ``(N,)`` float, over all processes.
-        norm: ``()`` float, of the gradient before it was cut, over all parameters.
+        names: of the N losses.
+        values: ``(2 * N + 1,)`` float; losses of this process, their means over all processes, and the norm of the
+            gradient before it was cut, over all parameters.
     """
 
-    def __init__(self, names: Sequence[str], losses: Tensor, means: Tensor, norm: Tensor) -> None:
+    def __init__(self, names: Sequence[str], values: Tensor) -> None:
         self.names = list(names)
-        values = torch.cat((losses, means, norm[None]))
         self._event: torch.cuda.Event | None = None
         if values.is_cuda:
             self._values = torch.empty(values.shape, pin_memory=True)
@@ -123,13 +123,7 @@ class StepResult:
         return dict(zip(self.names, own, strict=True)), dict(zip(self.names, means, strict=True)), norm
 
 
-def train_step(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    optimizer: torch.optim.Optimizer,
-    clip_norm: float = 0.0,
-    guarded: Sequence[Tensor] = (),
-) -> StepResult:
+class Step:
     """One step of the optimiser, over the mean gradient of one batch or more.
 
     If a loss of any process, or the gradient, is not finite, the weights and the optimiser's state stay as they are;
@@ -137,32 +131,64 @@ def train_step(
 
     Args:
         model: a :class:`~rcnn.models.faster_rcnn.FasterRCNN` in training mode, or one wrapped for data parallelism.
-        batches: on any device.
         optimizer: of :func:`rcnn.optim.make_optimizer`.
         clip_norm: the gradient's norm is cut to this; 0 never cuts.
         guarded: buffers that the step changes, and that shall stay as they are as well if it is not finite.
+        precision: of the forward pass; the backward pass follows it.
+        scaler: of the loss; None leaves it as it is.
+
+    Attributes:
+        names: of the losses; known after the first step.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    device = parameters[0].device
-    before = [buffer.clone() for buffer in guarded]
-    optimizer.zero_grad(set_to_none=True)
-    losses: dict[str, Tensor] = {}
-    for number, batch in enumerate(batches):
-        last = number + 1 == len(batches)
-        together = isinstance(model, DistributedDataParallel)
-        with nullcontext() if last or not together else model.no_sync():  # type: ignore[operator]
-            batch = batch.to(device, non_blocking=True)
-            found = {name: loss / len(batches) for name, loss in model(batch.images, batch.targets).items()}
-            torch.stack(list(found.values())).sum().backward()
-        losses = {name: losses.get(name, 0) + loss.detach() for name, loss in found.items()}
-    means = torch.stack(list(distributed.mean(losses).values()))
-    norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
-    finite = means.isfinite().all() & norm.isfinite()
-    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # the fused optimisers' own way to skip a step
-    optimizer.step()
-    for buffer, value in zip(guarded, before, strict=True):
-        buffer.copy_(torch.where(finite, buffer, value))
-    return StepResult(list(losses), torch.stack(list(losses.values())), means, norm)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        clip_norm: float = 0.0,
+        guarded: Sequence[Tensor] = (),
+        precision: Precision = "fp32",
+        scaler: LossScaler | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.clip_norm, self.guarded = model, optimizer, clip_norm, guarded
+        self.precision, self.scaler = precision, scaler
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.names: list[str] = []
+
+    def __call__(self, batches: Sequence[Batch]) -> StepResult:
+        """Take the step; the batches may be on any device."""
+        return StepResult(self.names, self.on_device(batches))
+
+    def on_device(self, batches: Sequence[Batch]) -> Tensor:
+        """Take the step; gives the values of a :class:`StepResult`. All of it can be recorded in a CUDA graph."""
+        model, device, scaler = self.model, self.parameters[0].device, self.scaler
+        before = [buffer.clone() for buffer in self.guarded]
+        self.optimizer.zero_grad(set_to_none=True)
+        losses: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches):
+            last = number + 1 == len(batches)
+            together = isinstance(model, DistributedDataParallel)
+            with nullcontext() if last or not together else model.no_sync():  # type: ignore[operator]
+                batch = batch.to(device, non_blocking=True)
+                with computing(self.precision, device):
+                    found = {name: loss / len(batches) for name, loss in model(batch.images, batch.targets).items()}
+                total = torch.stack(list(found.values())).sum()
+                (total if scaler is None else total * scaler.scale).backward()
+            losses = {name: losses.get(name, 0) + loss.detach() for name, loss in found.items()}
+        self.names[:] = losses
+        means = torch.stack(list(distributed.mean(losses).values()))
+        if scaler is not None:
+            scaler.unscale(p.grad for p in self.parameters if p.grad is not None)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm or math.inf)
+        finite = means.isfinite().all() & norm.isfinite()
+        # The fused optimisers' own way to skip a step.
+        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        if scaler is not None:
+            scaler.update(finite)
+        for buffer, value in zip(self.guarded, before, strict=True):
+            buffer.copy_(torch.where(finite, buffer, value))
+        return torch.cat((torch.stack(list(losses.values())), means, norm[None]))
 
 
 def largest_batch(fits: Callable[[int], bool], most: int) -> int:
@@ -181,13 +207,14 @@ def largest_batch(fits: Callable[[int], bool], most: int) -> int:
     return good
 
 
-def find_batch_size(model: FasterRCNN, config: OptimConfig, most: int) -> int:
+def find_batch_size(model: FasterRCNN, config: OptimConfig, most: int, precision: Precision = "fp32") -> int:
     """The most images per batch that fit on the model's GPU, found by training a copy on the largest images.
 
     Args:
         model: on its device, which is left as it was.
         config: resolved; its optimiser's state takes memory, too.
         most: images in the training set.
+        precision: of the forward pass.
 
     Raises:
         ValueError: the device is a CPU, or not even one image fits.
@@ -203,10 +230,10 @@ def find_batch_size(model: FasterRCNN, config: OptimConfig, most: int) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         try:
             trial = copy.deepcopy(model).train()
-            optimizer = make_optimizer(trial, config, 0.0)
+            step = Step(trial, make_optimizer(trial, config, 0.0), precision=precision)
             for _ in range(2):  # the optimiser's state exists from the second step on
                 for shape in ((short, long), (long, short)):
-                    train_step(trial, [_trial_batch(size, *shape)], optimizer)
+                    step([_trial_batch(size, *shape)])
             torch.cuda.synchronize(device)
         except torch.cuda.OutOfMemoryError:
             return False
@@ -248,12 +275,16 @@ def loader_for(
         seed=seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        pin_memory=model.mean.is_cuda,
+        device=model.mean.device,
     )
 
 
 def evaluate(
-    model: FasterRCNN, loader: Loader, dataset: DetectionDataset, between: Callable[[], None] = lambda: None
+    model: FasterRCNN,
+    loader: Loader,
+    dataset: DetectionDataset,
+    between: Callable[[], None] = lambda: None,
+    precision: Precision = "fp32",
 ) -> Evaluation | None:
     """Losses, detections and AP of a data set; every rank takes its share.
 
@@ -262,6 +293,7 @@ def evaluate(
         loader: of ``dataset``, made with ``train=False``.
         dataset: where the ground truth comes from.
         between: called before each batch; what it raises ends the evaluation.
+        precision: of the forward pass.
 
     Returns:
         The evaluation on the first rank, None on the others.
@@ -278,7 +310,8 @@ def evaluate(
         between()
         skipped += batch.skipped
         batch = batch.to(device, non_blocking=True)
-        losses, detections = model.validate(batch.images, batch.targets)
+        with computing(precision, device):
+            losses, detections = model.validate(batch.images, batch.targets)
         for index, scale, one in zip(batch.indices, batch.scales.cpu(), detections.to("cpu").unpad(), strict=True):
             boxes = one["boxes"].numpy() * scale.numpy()[[1, 0, 1, 0]]
             found[index] = {"boxes": boxes, "labels": one["labels"].numpy(), "scores": one["scores"].numpy()}

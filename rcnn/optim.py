@@ -59,7 +59,10 @@ def make_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.op
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give each group of :func:`make_optimizer` its share of a learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["factor"]
+        if isinstance(group["lr"], Tensor):  # on the device, of a captured step
+            group["lr"].fill_(lr * group["factor"])
+        else:
+            group["lr"] = lr * group["factor"]
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:

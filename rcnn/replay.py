@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rcnn import checkpoint
-from rcnn.data.loader import Batch
+from rcnn.data.batch import Batch
 from rcnn.detector import config_from, config_to
 from rcnn.models.faster_rcnn import FasterRCNN
 from rcnn.structures import Targets

@@ -123,10 +123,12 @@ def _train_in(config: TrainConfig, folder: Path, device: torch.device, first: bo
             model = FasterRCNN(config.model, train_set.classes, config.seed)
         else:
             model = detector.build(config.model, train_set.classes, config.seed)
-    model.to(device)
+    model.to(device).use_channels_last(config.channels_last)
+    if config.compile:
+        model.compile_layers()
     if config.loader.batch_size == "auto":
         most = -(-len(train_set) // distributed.world_size())
-        fits = engine.find_batch_size(model, config.optim, most)
+        fits = engine.find_batch_size(model, config.optim, most, config.precision)
         config.loader.batch_size = -distributed.maximum(-fits)[0]  # the least of all processes
     if first:
         _announce(config, device, model, train_set, val_set, [str(w.message) for w in caught])
@@ -192,7 +194,8 @@ def _finish(
 ) -> None:
     distributed.barrier()  # the first rank has written the best weights
     model = detector.load(folder, device)
-    found = engine.evaluate(model, engine.loader_for(model, val_set, config.loader, train=False), val_set)
+    loader = engine.loader_for(model, val_set, config.loader, train=False)
+    found = engine.evaluate(model, loader, val_set, precision=config.precision)
     if found is None:
         return
     drawn = _draw(val_set, found, folder / "predictions")

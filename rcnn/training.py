@@ -15,13 +15,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rcnn import checkpoint, distributed, engine, replay, run_folder, stopping
 from rcnn.config import TrainConfig, given, images_per_batch
+from rcnn.data.batch import Batch
 from rcnn.data.dataset import DetectionDataset
-from rcnn.data.loader import Batch
 from rcnn.detector import config_to
-from rcnn.engine import Evaluation, StepResult, loader_for, train_step
+from rcnn.engine import Evaluation, Step, StepResult, loader_for
 from rcnn.files import write_text
+from rcnn.graph import GraphedStep
 from rcnn.models.faster_rcnn import FasterRCNN
 from rcnn.optim import Ema, load_named_state, lr_factor, make_optimizer, named_state, scaled_lr, set_lr
+from rcnn.precision import OVERFLOWS, LossScaler
 from rcnn.stopping import Interrupted, Reason
 from rcnn.tracking import Tracker
 
@@ -143,6 +145,8 @@ class _Run:
         self.optimizer = make_optimizer(model, config.optim, self.lr)
         self.ema = Ema(model, config.optim.ema) if config.optim.ema else None
         self.guarded = [b for b in model.buffers() if b.is_floating_point()] if config.max_bad_steps else []
+        self.scaler = LossScaler(self.device) if config.precision == "fp16" else None
+        self.overflows = 0  # in a row
         self.at = _Position()
         self.totals: dict[str, float] = {}  # of the losses in this epoch
         self.unreadable: dict[str, None] = {}  # a sentence for each image that was skipped
@@ -166,7 +170,21 @@ class _Run:
                 broadcast_buffers=False,  # the evaluation takes those of the first process, and nothing else reads them
                 static_graph=config.optim.accumulate == 1,
             )
+        clip = given(config.optim.clip_norm)
+        self.one_step = Step(self.network, self.optimizer, clip, self.guarded, config.precision, self.scaler)
+        self.take: Callable[[list[Batch]], torch.Tensor] = self.one_step.on_device
+        if config.cuda_graph and self.graph_allowed():
+            self.take = GraphedStep(self.one_step.on_device, self.optimizer, self.device, tracker.message)
         tracker.epochs, tracker.total_steps, tracker.resume_step = given(config.epochs), self.steps, self.at.step
+
+    def graph_allowed(self) -> bool:
+        """Whether the step may be recorded at all; says why not."""
+        reason = f"the steps run on {self.device}" if self.device.type != "cuda" else ""
+        if self.world > 1:
+            reason = "gradients cross between processes, which needs a recording of its own"
+        if reason:
+            self.tracker.message(f"cuda_graph: {reason}, so all steps run as usual")
+        return not reason
 
     def epoch(self) -> None:
         """The steps that are left of an epoch, then its evaluation."""
@@ -189,7 +207,9 @@ class _Run:
         found = None
         if (at.epoch + 1) % config.val_interval == 0 or at.epoch + 1 == config.epochs:
             with self.averaged():
-                found = engine.evaluate(self.model, self.val_loader, self.val_set, self.leave_evaluation)
+                found = engine.evaluate(
+                    self.model, self.val_loader, self.val_set, self.leave_evaluation, config.precision
+                )
             self.unsaid += [f"{s}; evaluated as if nothing were found" for s in found.skipped] if found else []
         self.tell_unreadable()
         metrics = _metrics({name: total / max(at.counted, 1) for name, total in self.totals.items()}, found)
@@ -229,7 +249,8 @@ class _Run:
         rate = self.lr * lr_factor(optim, at.step, self.steps, self.steps_per_epoch)
         set_lr(self.optimizer, rate)
         before = {"forwards": at.forwards, "random": _random_state(self.device)}
-        result = train_step(self.network, group, self.optimizer, given(optim.clip_norm), self.guarded)
+        values = self.take(group)
+        result = StepResult(self.one_step.names, values)
         at.step += 1
         at.batch += len(group)
         at.forwards += len(group)
@@ -257,7 +278,10 @@ class _Run:
         images = sum(len(batch.indices) for batch in taken.batches) * self.world
         values = means if logged else {}
         self.tracker.step(taken.epoch, taken.step, values, taken.lr, images, taken.data_time, taken.seconds)
-        if not finite:
+        # Finite losses with a gradient that is not, in float16: the scale was too large, and has halved by itself.
+        overflow = self.scaler is not None and not finite and bool(np.isfinite(list(means.values())).all())
+        self.overflows = self.overflows + 1 if overflow else 0
+        if not finite and not 0 < self.overflows <= OVERFLOWS:
             self.bad_step(taken, losses, means, norm)
 
     def bad_step(self, taken: _Taken, losses: dict[str, float], means: dict[str, float], norm: float) -> None:
@@ -349,6 +373,7 @@ class _Run:
             "ema": None if self.ema is None else self.ema.average,
             "optimizer": named_state(self.model, self.optimizer),
             "optimizer_name": self.config.optim.name,
+            "scaler": None if self.scaler is None else self.scaler.state(),
             "position": asdict(self.at),
             "totals": self.totals,
             "images": images_per_batch(self.config.loader) * self.world,
@@ -379,6 +404,8 @@ class _Run:
             if self.ema is not None:
                 averages = state["ema"] or state["model"]
                 self.ema.average = {name: averages[name].to(self.device) for name in self.ema.average}
+            if self.scaler is not None and state["scaler"] is not None:
+                self.scaler.load(state["scaler"])
             if state["images"] != images:  # another number of processes or batch size: the same share of the epoch
                 self.at.batch = self.at.batch * state["images"] // images
             self.model.step.fill_(self.at.forwards)

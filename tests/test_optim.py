@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rcnn.config import OptimConfig, TrainConfig, resolve
-from rcnn.engine import find_batch_size, largest_batch, train_step
+from rcnn.engine import Step, find_batch_size, largest_batch
 from rcnn.models.faster_rcnn import FasterRCNN
 from rcnn.optim import Ema, load_named_state, lr_factor, make_optimizer, named_state, scaled_lr, set_lr
 
@@ -146,7 +146,7 @@ def test_a_step_that_is_not_finite_changes_nothing(name, bad):
         model = Losses()
         optimizer = make_optimizer(model, optim(name=name), 0.1)
         for batch in batches:
-            found = train_step(model, [Fake(*batch)], optimizer, guarded=[model.mean])
+            found = Step(model, optimizer, guarded=[model.mean])([Fake(*batch)])
             losses, means, norm = found.read()
             assert losses == means or math.isnan(losses["loss_a"])
             assert math.isfinite(norm) is math.isfinite(losses["loss_a"]) is math.isfinite(sum(batch))
@@ -159,7 +159,7 @@ def test_a_step_that_is_not_finite_changes_nothing(name, bad):
 def test_accumulated_batches_make_the_mean_gradient():
     config = optim(name="sgd", momentum=0.0, weight_decay=0.0)
     model = Losses()
-    found = train_step(model, [Fake(1.0, 2.0), Fake(3.0, 8.0)], make_optimizer(model, config, 1.0))
+    found = Step(model, make_optimizer(model, config, 1.0))([Fake(1.0, 2.0), Fake(3.0, 8.0)])
     assert model.weight.tolist() == [1 - (2 + 1), 2 - (5 + 1)]
     losses, _, norm = found.read()
     assert losses == {"loss_a": ((1 + 4) + (3 + 16)) / 2, "loss_b": 3.0} and norm == pytest.approx(math.hypot(3, 6))
@@ -168,7 +168,7 @@ def test_accumulated_batches_make_the_mean_gradient():
 def test_the_gradient_is_cut_to_its_norm():
     model = Losses()
     optimizer = make_optimizer(model, optim(name="sgd", momentum=0.0, weight_decay=0.0), 1.0)
-    train_step(model, [Fake(2.0, 3.0)], optimizer, clip_norm=0.5)  # the gradient is (3, 4)
+    Step(model, optimizer, clip_norm=0.5)([Fake(2.0, 3.0)])  # the gradient is (3, 4)
     assert model.weight.tolist() == pytest.approx([1 - 0.3, 2 - 0.4], rel=1e-6)  # torch adds 1e-6 to the norm
 
 

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from rcnn.data.batch import Batch
 from rcnn.data.coco import COCODataset, coco_annotations, to_coco
 from rcnn.data.dataset import DataError, DetectionDataset, Record
-from rcnn.data.loader import Batch, Loader, make_loader
+from rcnn.data.loader import Loader, make_loader
 from rcnn.data.transforms import Augment
 from rcnn.data.voc import VOCDataset, voc_root
 

@@ -76,15 +76,20 @@ class DetectionDataset:
     def __len__(self) -> int:
         return len(self.records)
 
-    def read(self, index: int) -> np.ndarray:
+    def read(self, index: int, at_least: tuple[int, int] | None = None) -> np.ndarray:
         """Pixels of image ``index``, ``(H, W, 3)`` uint8 RGB.
+
+        Args:
+            index: row of ``records``.
+            at_least: height and width that are enough; see :func:`rcnn.images.read_image`.
 
         Raises:
             ImageError: the file cannot be read, or is no longer the size that it had when the data set was opened.
         """
         record = self.records[index]
-        array = read_image(record.path)
-        if array.shape[:2] != (record.height, record.width):
+        array = read_image(record.path, at_least)
+        factors = (1,) if at_least is None else (1, 2, 4, 8)
+        if array.shape[:2] not in [(-(-record.height // f), -(-record.width // f)) for f in factors]:
             raise ImageError(
                 f"{record.path}: expected {record.width} x {record.height} pixels as when the data set was opened, "
                 f"got {array.shape[1]} x {array.shape[0]}"

@@ -1,24 +1,25 @@
 """Batches: which images go together, and a torch ``DataLoader`` that reads them.
 
-Images of like shape share a batch (landscape or square ones, and portrait ones), so that little padding is computed.
+Images of like shape share a batch (landscape or square ones, and portrait ones; with buckets those of one bucket), so
+that little padding is computed.
 """
 
 import os
 import re
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from rcnn.config import LoaderConfig, images_per_batch
+from rcnn.data.batch import Batch, Packed, uploaded
+from rcnn.data.buckets import Buckets, pad_targets
 from rcnn.data.dataset import DetectionDataset
 from rcnn.data.transforms import MIN_SIDE, Augment, generator
-from rcnn.images import PADDING, ImageError, stack
+from rcnn.images import PADDING, ImageError, target_size
 from rcnn.structures import Targets
 
 #: Height and width of a batch are multiples of this: the coarsest stride of the models.
@@ -29,61 +30,20 @@ class WorkerError(ValueError):
     """A loading process died; the message names the file that it was at."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What the network gets in one step.
-
-    Attributes:
-        images: ``(B, 3, H, W)`` uint8 RGB, padded at the right and bottom.
-        targets: ground truth in pixels of ``images``; label -1 where the record says ignore.
-        indices: B rows of ``dataset.records``.
-        scales: ``(B, 2)`` float32, original height / resized height and the same of the widths: y and x times these
-            are pixels of the original image (if nothing was flipped).
-        skipped: one sentence for each image of the batch that could not be read, with its path. In training the next
-            readable record takes its place; in evaluation a blank image of its size does, so that each record is
-            still there exactly once.
-    """
-
-    images: Tensor
-    targets: Targets
-    indices: list[int]
-    scales: Tensor
-    skipped: list[str]
-
-    def to(self, device: "torch.device | str", non_blocking: bool = False) -> "Batch":
-        """The same batch with images, targets and scales on ``device``."""
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=non_blocking),
-            targets=self.targets.to(device, non_blocking=non_blocking),
-            scales=self.scales.to(device, non_blocking=non_blocking),
-        )
-
-    def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory, from which copies to a GPU overlap with its work."""
-        pinned: dict[str, Any] = {f.name: getattr(self.targets, f.name).pin_memory() for f in fields(self.targets)}
-        return replace(
-            self,
-            images=self.images.pin_memory(),
-            targets=Targets(**pinned),
-            scales=self.scales.pin_memory(),
-        )
-
-
 class BatchPlan(Sampler[list[tuple[int, int]]]):
     """Which images form which batch, for one of ``world_size`` processes.
 
-    Training: images are shuffled by (seed, epoch), batches of like shapes are cut and shuffled; what is left over of
-    both shapes forms the last ones. Every image occurs, and every process gets the same number of batches of the same
-    size; the gap that remains is filled with further images, none twice in a batch as far as the data set goes. Batches
-    are no larger than the data set's share. Processes share out the batch that one process with
+    Training: images are shuffled by (seed, epoch), batches of one kind are cut and shuffled; what is left over of all
+    kinds, neighbours together, forms the last ones. Every image occurs, and every process gets the same number of
+    batches of the same size; the gap that remains is filled with further images, none twice in a batch as far as the
+    data set goes. Batches are no larger than the data set's share. Processes share out the batch that one process with
     ``world_size * batch_size`` would see.
 
-    Evaluation: data-set order within each shape, every image exactly once over all processes, whose numbers of batches
+    Evaluation: data-set order within each kind, every image exactly once over all processes, whose numbers of batches
     may differ by one.
 
     Args:
-        sizes: ``(n, 2)`` int, height and width of each image, pixels.
+        kinds: ``(n,)`` int, what each image is; batches are of one kind as far as they can be.
         batch_size: images per batch and process.
         train: shuffle and fill up.
         seed: of the order.
@@ -95,16 +55,16 @@ class BatchPlan(Sampler[list[tuple[int, int]]]):
     """
 
     def __init__(
-        self, sizes: np.ndarray, batch_size: int, *, train: bool, seed: int = 0, rank: int = 0, world_size: int = 1
+        self, kinds: np.ndarray, batch_size: int, *, train: bool, seed: int = 0, rank: int = 0, world_size: int = 1
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in 0..{world_size - 1}, got {rank}")
-        if not len(sizes):
+        if not len(kinds):
             raise ValueError("a data set must have at least one image to form batches, got none")
-        self._tall = sizes[:, 0] > sizes[:, 1]
-        self._batch_size = min(batch_size, -(-len(sizes) // world_size)) if train else batch_size
+        self._kinds = kinds
+        self._batch_size = min(batch_size, -(-len(kinds) // world_size)) if train else batch_size
         self._train = train
         self._seed = seed
         self._rank = rank
@@ -126,16 +86,17 @@ class BatchPlan(Sampler[list[tuple[int, int]]]):
 
     def _batches(self) -> int:
         if self._train:
-            return -(-len(self._tall) // (self._batch_size * self._world_size))
-        total = sum(-(-int(n) // self._batch_size) for n in (self._tall.sum(), (~self._tall).sum()))
+            return -(-len(self._kinds) // (self._batch_size * self._world_size))
+        total = sum(-(-int(n) // self._batch_size) for n in np.unique(self._kinds, return_counts=True)[1])
         return len(range(self._rank, total, self._world_size))
 
     def _train_batches(self) -> list[np.ndarray]:
         rng = np.random.default_rng((self._seed % 2**64, self._epoch))
-        order = rng.permutation(len(self._tall))
+        order = rng.permutation(len(self._kinds))
         size = self._batch_size * self._world_size
         whole, rest = [], []
-        for members in (order[~self._tall[order]], order[self._tall[order]]):
+        for kind in np.unique(self._kinds):
+            members = order[self._kinds[order] == kind]
             cut = len(members) // size * size
             whole.append(members[:cut])
             rest.append(members[cut:])
@@ -151,7 +112,8 @@ class BatchPlan(Sampler[list[tuple[int, int]]]):
 
     def _eval_batches(self) -> list[np.ndarray]:
         batches = []
-        for members in (np.flatnonzero(~self._tall), np.flatnonzero(self._tall)):
+        for kind in np.unique(self._kinds):
+            members = np.flatnonzero(self._kinds == kind)
             batches += [members[i : i + self._batch_size] for i in range(0, len(members), self._batch_size)]
         return batches[self._rank :: self._world_size]
 
@@ -160,6 +122,7 @@ class Loader(DataLoader[Batch]):
     """A torch ``DataLoader`` of :class:`Batch` with :meth:`set_epoch`; made by :func:`make_loader`."""
 
     plan: BatchPlan
+    device: torch.device
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose order and augmentation of the next iteration; see :meth:`BatchPlan.set_epoch`."""
@@ -168,7 +131,8 @@ class Loader(DataLoader[Batch]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         try:
             # An error comes as a value: torch would bury its sentence in the worker's traceback.
-            for item in super().__iter__():
+            items: Any = super().__iter__()
+            for item in uploaded(items, self.device) if self.device.type == "cuda" else items:
                 if isinstance(item, ImageError):
                     try:
                         raise item
@@ -206,7 +170,7 @@ def make_loader(
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    pin_memory: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Loader:
     """Batches of a data set.
 
@@ -222,7 +186,8 @@ def make_loader(
         seed: of order and augmentation.
         rank: number of this process, from 0.
         world_size: number of processes that share the data set.
-        pin_memory: put batches into page-locked memory, for a GPU.
+        device: where the batches are. A GPU gets them through page-locked memory on a stream of its own, and flips and
+            pads them; see :mod:`rcnn.data.batch`.
 
     Returns:
         An iterable of :class:`Batch`; iterating raises :class:`rcnn.images.ImageError` for an unreadable image if
@@ -234,22 +199,27 @@ def make_loader(
     if config.batch_size is None or config.color is None or config.scale is None:
         raise ValueError("loader.batch_size, loader.color and loader.scale must be set; config.resolve fills them in")
     batch_size = images_per_batch(config)
+    device = torch.device(device)
     sizes = np.array([(r.height, r.width) for r in dataset.records]).reshape(-1, 2)
-    plan = BatchPlan(sizes, batch_size, train=train, seed=seed, rank=rank, world_size=world_size)
     low, high = config.scale
     augment = Augment(config.flip, config.vertical_flip, config.color, (low, high)) if train else Augment()
+    buckets = None
+    if device.type == "cuda" if config.buckets is None else config.buckets:
+        buckets = Buckets(*augment.sides(min_size, max_size), DIVISOR)
+    kinds = sizes[:, 0] > sizes[:, 1] if buckets is None else buckets.kinds(sizes)
+    plan = BatchPlan(kinds, batch_size, train=train, seed=seed, rank=rank, world_size=world_size)
     workers = min(_workers(config.workers), len(plan))
     loader = Loader(
-        _Batches(dataset, augment, min_size, max_size, train, seed, workers),
+        _Batches(dataset, augment, min_size, max_size, train, seed, workers, buckets, pack=device.type == "cuda"),
         batch_size=None,
         sampler=plan,
         num_workers=workers,
         worker_init_fn=_start_worker,
         persistent_workers=train and workers > 0,
-        pin_memory=pin_memory,
+        pin_memory=device.type == "cuda",
         generator=torch.Generator().manual_seed(0),  # torch draws a number per epoch; keep the global stream untouched
     )
-    loader.plan = plan
+    loader.plan, loader.device = plan, device
     return loader
 
 
@@ -265,6 +235,8 @@ class _Batches(Dataset[Any]):
         train: bool,
         seed: int,
         workers: int,
+        buckets: Buckets | None,
+        pack: bool,
     ) -> None:
         self.dataset = dataset
         self.augment = augment
@@ -272,11 +244,13 @@ class _Batches(Dataset[Any]):
         self.max_size = max_size
         self.train = train
         self.seed = seed
+        self.buckets = buckets
+        self.pack = pack
         # Process and image that each worker is at, for whoever must say what killed it.
         self.reading = torch.full((workers, 2), -1, dtype=torch.int64).share_memory_()
 
-    def __getitem__(self, keys: list[tuple[int, int]]) -> "Batch | ImageError":
-        arrays, boxes, labels, indices, scales = [], [], [], [], []
+    def __getitem__(self, keys: list[tuple[int, int]]) -> "Batch | Packed | ImageError":
+        arrays, flips, boxes, labels, indices, scales = [], [], [], [], [], []
         skipped: list[str] = []
         for epoch, wanted in keys:
             try:
@@ -284,28 +258,37 @@ class _Batches(Dataset[Any]):
             except ImageError as error:
                 return error
             record = self.dataset.records[index]
-            array, box = self.augment(
+            array, box, flip = self.augment.unflipped(
                 pixels,
                 record.boxes,
+                size=(record.height, record.width),
                 min_size=self.min_size,
                 max_size=self.max_size,
                 rng=generator(self.seed, epoch, index),
             )
             keep = np.minimum(box[:, 2] - box[:, 0], box[:, 3] - box[:, 1]) >= MIN_SIDE
             arrays.append(array)
+            flips.append(flip)
             boxes.append(box[keep])
             labels.append(np.where(record.ignore, -1, record.labels)[keep])
             indices.append(index)
             scales.append((record.height / array.shape[0], record.width / array.shape[1]))
-        images, image_sizes = stack(arrays, DIVISOR)
         targets = Targets(
             boxes=torch.from_numpy(np.concatenate(boxes)),
             labels=torch.from_numpy(np.concatenate(labels)),
             offsets=torch.from_numpy(np.cumsum([0] + [len(b) for b in boxes])),
-            image_sizes=image_sizes,
+            image_sizes=torch.tensor([a.shape[:2] for a in arrays], dtype=torch.float32),
             image_ids=torch.tensor(indices),
         )
-        return Batch(images, targets, indices, torch.tensor(scales, dtype=torch.float32), skipped)
+        height, width = max(a.shape[0] for a in arrays), max(a.shape[1] for a in arrays)
+        if self.buckets is None:
+            shape = -(-height // DIVISOR) * DIVISOR, -(-width // DIVISOR) * DIVISOR
+        else:
+            shape, targets = self.buckets.shape(height, width), pad_targets(targets)
+        nothing = torch.empty(0, dtype=torch.uint8)
+        rest = Batch(nothing, targets, indices, torch.tensor(scales, dtype=torch.float32), skipped)
+        packed = Packed.of(arrays, flips, shape, rest)
+        return packed if self.pack else packed.unpack()
 
     def _read(self, wanted: int, skipped: list[str]) -> tuple[int, np.ndarray]:
         """Index and pixels of image ``wanted``, or of what stands in for it if it cannot be read."""
@@ -315,7 +298,7 @@ class _Batches(Dataset[Any]):
             if (worker := get_worker_info()) is not None:
                 self.reading[worker.id] = torch.tensor((os.getpid(), index))
             try:
-                return index, self.dataset.read(index)
+                return index, self.dataset.read(index, self._enough(index))
             except ImageError as error:
                 if self.dataset.strict:
                     raise
@@ -323,6 +306,12 @@ class _Batches(Dataset[Any]):
                 if not self.train:
                     return index, np.full((records[index].height, records[index].width, 3), PADDING, np.uint8)
         raise ImageError(f"{self.dataset.name}: expected at least one readable image, the first one: {skipped[0]}")
+
+    def _enough(self, index: int) -> tuple[int, int] | None:
+        """Size that is enough of an image in training. Evaluation decodes all pixels, as ``predict`` does."""
+        record = self.dataset.records[index]
+        sides = self.augment.sides(self.min_size, self.max_size)
+        return target_size(record.height, record.width, *sides) if self.train else None
 
 
 def _start_worker(_: int) -> None:

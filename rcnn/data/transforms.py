@@ -56,22 +56,59 @@ class Augment:
         Returns:
             image ``(H', W', 3)`` uint8; boxes ``(n, 4)`` float32, pixels of it, in the same order.
         """
+        size = image.shape[0], image.shape[1]
+        image, boxes, (flip, vertical_flip) = self.unflipped(
+            image, boxes, size=size, min_size=min_size, max_size=max_size, rng=rng
+        )
+        if flip:
+            image = image[:, ::-1]
+        if vertical_flip:
+            image = image[::-1]
+        return np.ascontiguousarray(image), boxes
+
+    def sides(self, min_size: int, max_size: int) -> tuple[int, int]:
+        """``min_size`` and ``max_size`` at the highest zoom."""
+        return max(1, round(min_size * self.scale[1])), max(1, round(max_size * self.scale[1]))
+
+    def unflipped(
+        self,
+        image: np.ndarray,
+        boxes: np.ndarray,
+        *,
+        size: tuple[int, int],
+        min_size: int,
+        max_size: int,
+        rng: np.random.Generator,
+    ) -> tuple[np.ndarray, np.ndarray, tuple[bool, bool]]:
+        """As a call, but the pixels are not flipped yet: a GPU does that as it pads.
+
+        Args:
+            image: ``(h, w, 3)`` uint8, perhaps decoded at a part of its size.
+            boxes: ``(n, 4)`` float32, pixels of the full size.
+            size: height and width of the full size.
+            min_size: see a call.
+            max_size: see a call.
+            rng: see a call.
+
+        Returns:
+            image ``(H', W', 3)`` uint8; boxes of the flipped image; whether it is to be flipped left to right, and top
+            to bottom.
+        """
         zoom, flip, vertical_flip, *color = rng.random(6)
         zoom = self.scale[0] + (self.scale[1] - self.scale[0]) * zoom
         sizes = max(1, round(min_size * zoom)), max(1, round(max_size * zoom))
-        height, width = image.shape[:2]
+        height, width = size
         new_height, new_width = target_size(height, width, *sizes)
         image = resize(image, new_height, new_width)
         boxes = scale_boxes(boxes, new_height / height, new_width / width)
         if self.color > 0:
             image = jitter_color(image, *(1 + self.color * (2 * u - 1) for u in color))
-        if flip < self.flip:
-            image = image[:, ::-1]
+        flips = bool(flip < self.flip), bool(vertical_flip < self.vertical_flip)
+        if flips[0]:
             boxes = np.stack((new_width - boxes[:, 2], boxes[:, 1], new_width - boxes[:, 0], boxes[:, 3]), 1)
-        if vertical_flip < self.vertical_flip:
-            image = image[::-1]
+        if flips[1]:
             boxes = np.stack((boxes[:, 0], new_height - boxes[:, 3], boxes[:, 2], new_height - boxes[:, 1]), 1)
-        return np.ascontiguousarray(image), boxes
+        return image, boxes, flips
 
 
 def scale_boxes(boxes: np.ndarray, vertical: float, horizontal: float) -> np.ndarray:

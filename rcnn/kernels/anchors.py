@@ -83,6 +83,11 @@ def anchors(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[
     return found[1]
 
 
+def kept() -> list[Tensor]:
+    """The grids that are kept now. Whoever records a CUDA graph holds them: it reads their memory at every replay."""
+    return [grid for _, grid in _cache.values()]
+
+
 def _cpu(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Tensor:
     levels = []
     for cell, (height, width), stride in zip(cells, shapes, strides, strict=True):

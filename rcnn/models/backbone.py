@@ -21,11 +21,13 @@ class Backbone(nn.Module):
     Attributes:
         out_channels: of every level.
         strides: of every level, input pixels per cell, finest first; the pyramid's extra level included.
+        memory_format: of all maps; channels_last is the quick one.
     """
 
     def __init__(self, body: ResNet | VGG16, fpn: FPN | None = None) -> None:
         super().__init__()
         self.body, self.fpn = body, fpn
+        self.memory_format = torch.channels_last
         if fpn is None:
             self.used = 1
             self.out_channels, self.strides = body.channels[-1], body.strides[-1:]
@@ -39,12 +41,12 @@ class Backbone(nn.Module):
         """Feature maps.
 
         Args:
-            images: ``(B, 3, H, W)`` float, normalised; turned to channels_last, which is the quick format.
+            images: ``(B, 3, H, W)`` float, normalised; turned to the memory format.
 
         Returns:
-            One ``(B, out_channels, H_l, W_l)`` float map, channels_last, for each of ``strides``.
+            One ``(B, out_channels, H_l, W_l)`` float map, in the memory format, for each of ``strides``.
         """
-        maps = self.body(images.contiguous(memory_format=torch.channels_last))[-self.used :]
+        maps = self.body(images.contiguous(memory_format=self.memory_format))[-self.used :]
         return maps if self.fpn is None else self.fpn(maps)
 
     def freeze(self, stages: int) -> None:

@@ -102,7 +102,17 @@ class FasterRCNN(nn.Module):
         self.step: Tensor
         self.mean: Tensor
         self.std: Tensor
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.use_channels_last(True)
+
+    def use_channels_last(self, on: bool) -> None:
+        """Keep weights and maps in the order of NHWC, as a new model does, or in that of NCHW."""
+        self.backbone.memory_format = torch.channels_last if on else torch.contiguous_format
+        self.to(memory_format=self.backbone.memory_format)  # type: ignore[call-overload]
+
+    def compile_layers(self) -> None:
+        """Let torch.compile fuse the trunk and the heads; the ops between them stay as they are."""
+        for module in (self.backbone, self.rpn.head, self.roi_heads.box_head, self.roi_heads.box_predictor):
+            module.compile()
 
     def _features(self, images: Tensor) -> list[Tensor]:
         if images.dim() != 4 or images.shape[1] != 3:
@@ -113,8 +123,7 @@ class FasterRCNN(nn.Module):
             images = images * 255
         else:
             raise ValueError(f"images must be uint8, or floating point in 0..1, got {images.dtype}")
-        images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        return self.backbone(images)
+        return self.backbone((images - self.mean) / self.std)
 
     def forward(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
         """The four losses of a batch.
@@ -177,7 +186,9 @@ class FasterRCNN(nn.Module):
         """
         features = self._features(images)
         if image_sizes is None:
-            image_sizes = torch.tensor([images.shape[-2:]], device=images.device).expand(len(images), 2).float()
+            # Filled on the device: a tensor made of Python numbers would have to be copied there.
+            image_sizes = torch.empty(len(images), 2, device=images.device)
+            image_sizes[:, 0], image_sizes[:, 1] = images.shape[-2:]
         return self._detections(features, image_sizes)
 
     def _detections(

@@ -128,7 +128,7 @@ class RoIHeads(nn.Module):
         config = self.config
         batch, capacity = proposals.scores.shape
         image = torch.arange(batch, device=proposals.boxes.device, dtype=torch.float32)
-        rois = torch.cat((image.repeat_interleave(capacity)[:, None], proposals.boxes.reshape(-1, 4)), 1)
+        rois = torch.cat((image[:, None, None].expand(-1, capacity, 1), proposals.boxes), 2).reshape(-1, 5)
         logits, deltas = self.box_predictor(self.box_head(self.pool(features, rois)))
         return kernels.detections(
             logits,
