@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rcnn import boxes as box
 from rcnn.kernels import _launch
+from rcnn.kernels.checks import same_device
 from rcnn.kernels.nms import nms_padded, thin
 from rcnn.kernels.sorting import sort_rows
 from rcnn.structures import Detections, Proposals
@@ -79,6 +80,15 @@ def detections(
     ):
         if tensor.dtype != dtype:
             raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
+    same_device(
+        {
+            "logits": logits,
+            "deltas": deltas,
+            "proposals.boxes": proposals.boxes,
+            "proposals.count": proposals.count,
+            "image_sizes": image_sizes,
+        }
+    )
     if not 0 <= score_threshold <= 1:
         raise ValueError(f"score_threshold must lie in 0..1, got {score_threshold}")
     if detections_per_image < 1:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rcnn.kernels import _launch
+from rcnn.kernels.checks import same_device
 
 #: Boxes of one problem that are settled together.
 CHUNK = 128
@@ -82,7 +83,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     _check(boxes, scores, iou_threshold)
     if idxs.shape != scores.shape:
         raise ValueError(f"idxs must have shape ({len(boxes)},), got {tuple(idxs.shape)}")
-    _check_device("idxs", idxs, boxes)
+    same_device({"boxes": boxes, "idxs": idxs})
     if idxs.is_floating_point() or idxs.is_complex():
         raise ValueError(f"idxs must have an integer dtype, got {idxs.dtype}")
     if _launch.uses_kernels(boxes):
@@ -110,7 +111,7 @@ def nms_padded(boxes: Tensor, count: Tensor, iou_threshold: float, max_output: i
         raise ValueError(f"boxes must have shape (Q, M, 4), got {tuple(boxes.shape)}")
     if count.shape != boxes.shape[:1]:
         raise ValueError(f"count must have shape ({boxes.shape[0]},), got {tuple(count.shape)}")
-    _check_device("count", count, boxes)
+    same_device({"boxes": boxes, "count": count})
     if count.dtype != torch.int64:
         raise ValueError(f"count must be torch.int64, got {count.dtype}")
     if isinstance(max_output, bool) or not isinstance(max_output, int) or max_output < 0:
@@ -125,7 +126,7 @@ def _check(boxes: Tensor, scores: Tensor, iou_threshold: float) -> None:
         raise ValueError(f"boxes must have shape (N, 4), got {tuple(boxes.shape)}")
     if scores.shape != boxes.shape[:1]:
         raise ValueError(f"scores must have shape ({boxes.shape[0]},), got {tuple(scores.shape)}")
-    _check_device("scores", scores, boxes)
+    same_device({"boxes": boxes, "scores": scores})
     if not scores.is_floating_point():
         raise ValueError(f"scores must have a floating point dtype, got {scores.dtype}")
     _check_boxes(boxes, iou_threshold)
@@ -136,11 +137,6 @@ def _check_boxes(boxes: Tensor, iou_threshold: float) -> None:
         raise ValueError(f"boxes must have a floating point dtype, got {boxes.dtype}")
     if not 0 <= iou_threshold <= 1:
         raise ValueError(f"iou_threshold must lie in 0..1, got {iou_threshold}")
-
-
-def _check_device(name: str, tensor: Tensor, boxes: Tensor) -> None:
-    if tensor.device != boxes.device:
-        raise ValueError(f"{name} must be on {boxes.device}, where boxes is, got {tensor.device}")
 
 
 def _nms_cpu(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float) -> Tensor:

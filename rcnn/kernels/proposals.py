@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rcnn import boxes as box
 from rcnn.kernels import _launch
+from rcnn.kernels.checks import same_device
 from rcnn.kernels.nms import nms_padded, thin
 from rcnn.kernels.sorting import sort_rows
 from rcnn.structures import Proposals
@@ -103,6 +104,7 @@ def _check(
     for name, tensor in (("anchors", anchors), ("image_sizes", image_sizes)):
         if tensor.dtype != torch.float32:
             raise ValueError(f"{name} must be torch.float32, got {tensor.dtype}")
+    same_device({"objectness": objectness, "deltas": deltas, "anchors": anchors, "image_sizes": image_sizes})
     if sum(level_sizes) != count or min(level_sizes, default=0) < 0:
         raise ValueError(f"level_sizes must add up to {count} anchors, got {tuple(level_sizes)}")
     return images, count

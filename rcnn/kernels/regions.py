@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rcnn.kernels.checks import same_device
+
 #: Blocks that keep a large GPU busy in a forward pass: with fewer regions than that, several blocks share one.
 BLOCKS = 1024
 
@@ -44,6 +46,7 @@ def check_pool(
         raise ValueError(f"boxes must have shape (R, 5), got {tuple(rois.shape)}")
     if not rois.is_floating_point():
         raise ValueError(f"boxes must have a floating point dtype, got {rois.dtype}")
+    same_device({name: features[0], "boxes": rois} | {f"{name}[{i}]": each for i, each in enumerate(features)})
     if rois.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"boxes must not require a gradient: {op} has none for them, pass boxes.detach()")
     if any(not (scale > 0 and math.isfinite(scale)) for scale in scales):

@@ -252,6 +252,8 @@ def _backward_cpu(
 
 def _gather(table: Tensor, index: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
     """Sums of weighted rows of a table: bag b adds the rows ``index[offset[b]:offset[b + 1]]``."""
+    if not table.shape[1]:  # embedding_bag with several threads fails on rows without columns
+        return table.new_empty(len(offset), 0)
     return F.embedding_bag(index, table, offset, mode="sum", per_sample_weights=weight)
 
 
