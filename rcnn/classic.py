@@ -65,7 +65,7 @@ __all__ = [
     "result_show",
 ]
 
-_POOLED, _HIDDEN = 7, 4096  # cells on a side of a pooled region, units of the hidden layers
+_POOLED = 7  # cells on a side of a pooled region
 
 
 def _pool(features: list[Tensor], rois: Tensor) -> Tensor:
@@ -80,6 +80,7 @@ class FastRCNN(nn.Module):
         debug: print after each call with ground truth how many rois are objects and how many of those are recognised.
         weights: file of torchvision's VGG-16 for ImageNet, ``.pth`` or ``.safetensors``; its first two blocks then do
             not train. The original downloaded such weights; without them everything trains from random values.
+        hidden: units of each of the two fully connected layers; published weights are for 4,096.
 
     Attributes:
         rpn: the :class:`RPN`.
@@ -95,14 +96,20 @@ class FastRCNN(nn.Module):
     SCALES = (600,)
     MAX_SIZE = 1000
 
-    def __init__(self, classes: Sequence[str], debug: bool = False, weights: str | PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        classes: Sequence[str],
+        debug: bool = False,
+        weights: str | PathLike[str] | None = None,
+        hidden: int = 4096,
+    ) -> None:
         super().__init__()
         self.classes, self.debug = [str(name) for name in classes], debug
         if self.classes[:1] != [BACKGROUND] or len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:
             raise ValueError(f"classes must be {BACKGROUND!r} and then different names, got {self.classes}")
         self.rpn = RPN(0 if weights is None else given(RECIPE.frozen_stages))
         size = CHANNELS * _POOLED**2
-        self.roi_heads = RoIHeads(_pool, size, _HIDDEN, len(self.classes) - 1, RECIPE.roi, SEED)
+        self.roi_heads = RoIHeads(_pool, size, hidden, len(self.classes) - 1, RECIPE.roi, SEED)
         self.cross_entropy: Tensor | None = None
         self.loss_box: Tensor | None = None
         if weights is not None:

@@ -11,7 +11,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
 import rcnn
-from rcnn import boxes, classic
+from rcnn import boxes
 from rcnn.classic import (
     RPN,
     AnchorTargerLayer,
@@ -59,17 +59,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kind, "SCALES", (96,))
 
 
-def narrow(classes: list[str]) -> FastRCNN:
-    """The network with 64 hidden units in place of 4,096."""
-    torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classic, "_HIDDEN", 64)
-        return FastRCNN(classes, debug=False)
-
-
 @pytest.fixture(scope="module")
 def net() -> FastRCNN:
-    return narrow(["__background__", "daisy", "tulip"])
+    torch.manual_seed(0)
+    return FastRCNN(["__background__", "daisy", "tulip"], hidden=64)
 
 
 def test_the_tutorial(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +82,7 @@ def test_the_tutorial(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     val_queue.start(max_queue_size=20, workers=4)
     val_data_generator = val_queue.get()
 
-    net = narrow(ds.classes)
+    net = FastRCNN(ds.classes, debug=False, hidden=64)  # for the sake of time; 4,096 in the tutorial
     if torch.cuda.is_available():
         net.cuda()
     params = filter(lambda p: p.requires_grad, net.parameters())
@@ -394,7 +387,7 @@ def test_published_weights_freeze_the_first_blocks(net: FastRCNN, tmp_path: Path
     state = {f"features.{n}": torch.full_like(t, 0.25) for n, t in net.rpn.features.state_dict().items()}
     # torchvision's file counts the pools between the blocks, as this trunk does.
     torch.save(state, tmp_path / "vgg16.pth")
-    loaded = FastRCNN(net.classes, weights=tmp_path / "vgg16.pth")
+    loaded = FastRCNN(net.classes, weights=tmp_path / "vgg16.pth", hidden=64)
     assert all(bool((t == 0.25).all()) for t in loaded.rpn.features.state_dict().values())
     trains = [p.requires_grad for p in loaded.rpn.features.parameters()]
     assert trains == [False] * 8 + [True] * 18  # two blocks of two convolutions with weight and bias
