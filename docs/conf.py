@@ -1,6 +1,7 @@
 """Sphinx configuration: ``python -m sphinx -W -b html docs docs/_build``."""
 
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
 from types import UnionType
@@ -9,7 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from docutils import nodes
 from docutils.parsers.rst import Directive
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
 
 import rcnn  # noqa: E402
 from rcnn import config as settings  # noqa: E402
@@ -19,8 +21,21 @@ author = "rcnn contributors"
 copyright = "2026, rcnn contributors"
 release = version = rcnn.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser"]
-exclude_patterns = ["_build"]
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.doctest",
+    "sphinx.ext.napoleon",
+    "myst_nb",
+]
+exclude_patterns = ["_build", "jupyter_execute", "figures/*.py"]
+
+# The notebooks are shown with the outputs that were committed; tests/test_notebooks.py executes them.
+shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", dirs_exist_ok=True)
+nb_execution_mode = "off"
+
+# A name of this project that leads nowhere is an error. Private names have no page, and other projects' are not looked up.
+nitpicky = True
+nitpick_ignore_regex = [(r"py:.*", r"(?!rcnn\.).*|.*\._\w+")]
 html_theme = "furo"
 html_title = f"rcnn {release}"
 

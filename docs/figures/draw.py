@@ -157,7 +157,7 @@ def sampling() -> Figure:
     """The smallest keys are drawn."""
     made, (axes,) = canvas(7, 2.0)
     axes.set_aspect("auto")
-    keys = [(index * 2654435761 + 97 * 40503) % 2**32 / 2**32 for index in range(40)]
+    keys = torch.rand(40, generator=torch.Generator().manual_seed(1)).tolist()
     chosen = sorted(range(40), key=lambda index: keys[index])[:8]
     axes.bar(range(40), keys, color=[GREEN if index in chosen else GREY for index in range(40)])
     axes.axhline(max(keys[index] for index in chosen), color=RED, linewidth=1, linestyle="--")

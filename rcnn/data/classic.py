@@ -85,7 +85,7 @@ class VOCDetection(_Pictures):
         image_set: ``train``, ``val`` or another file of ``ImageSets/Main``.
 
     Raises:
-        DataError: as :class:`rcnn.data.VOCDataset`.
+        DataError: as :class:`rcnn.data.voc.VOCDataset`.
     """
 
     def __init__(self, root: str | PathLike[str], image_set: str) -> None:
@@ -100,7 +100,7 @@ class CocoData(_Pictures):
         annFile: ``DATA/annotations/instances_train2014.json``.
 
     Raises:
-        DataError: as :class:`rcnn.data.COCODataset`, or the pictures that it finds are not those in ``root``.
+        DataError: as :class:`rcnn.data.coco.COCODataset`, or the pictures that it finds are not those in ``root``.
     """
 
     def __init__(self, root: str | PathLike[str], annFile: str | PathLike[str]) -> None:  # noqa: N803
