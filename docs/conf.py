@@ -33,7 +33,7 @@ exclude_patterns = ["_build", "jupyter_execute", "figures/*.py"]
 shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", dirs_exist_ok=True)
 nb_execution_mode = "off"
 
-# A name of this project that leads nowhere is an error. Private names have no page, and other projects' are not looked up.
+# A name of this project that leads nowhere is an error; private names have no page, and others are not looked up.
 nitpicky = True
 nitpick_ignore_regex = [(r"py:.*", r"(?!rcnn\.).*|.*\._\w+")]
 html_theme = "furo"

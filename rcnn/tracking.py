@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: The files in the run folder.
 METRICS, RESULTS, EVENTS = "metrics.jsonl", "results.csv", "tensorboard"
+#: Points of a precision-recall curve in TensorBoard; its format has no room for more.
+THRESHOLDS = 127
 
 
 def tags(losses: Mapping[str, float], total: str, prefix: str = "") -> dict[str, float]:
@@ -178,19 +180,44 @@ class Tracker:
         if self.run_dir is not None:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def image(self, tag: str, array: np.ndarray, step: int) -> None:
+    def image(self, tag: str, array: np.ndarray, step: int | None = None) -> None:
         """Add a picture to the TensorBoard events.
 
         Args:
             tag: name of the picture.
             array: ``(H, W, 3)`` uint8, RGB.
-            step: optimiser steps finished.
+            step: optimiser steps finished; None: those of the last row.
         """
         if self.run_dir is None:
             return
         self._open()
         if self._events is not None:
-            self._events.add_image(tag, array, step, dataformats="HWC")
+            self._events.add_image(tag, array, self._step if step is None else step, dataformats="HWC")
+
+    def precision_recall(
+        self, tag: str, scores: np.ndarray, hits: np.ndarray, objects: int, step: int | None = None
+    ) -> None:
+        """Add a precision-recall curve to the TensorBoard events, by thresholds of the score.
+
+        Where no detection reaches a threshold the precision is 1. Detection knows no true negatives; their count is 0.
+
+        Args:
+            tag: name of the curve.
+            scores: ``(M,)`` float, falling, 0..1.
+            hits: ``(M,)`` int, how many of the first i + 1 detections hit an object.
+            objects: that are to be found, at least 1.
+            step: optimiser steps finished; None: those of the last row.
+        """
+        if self.run_dir is None:
+            return
+        self._open()
+        taken = np.searchsorted(-scores, -np.linspace(0, 1, THRESHOLDS), side="right")
+        found = np.concatenate(([0], hits))[taken]
+        precision = np.where(taken > 0, found / np.maximum(taken, 1), 1.0)
+        counts = found, taken - found, np.zeros(THRESHOLDS), objects - found
+        if self._events is not None:
+            at = self._step if step is None else step
+            self._events.add_pr_curve_raw(tag, *counts, precision, found / objects, at, THRESHOLDS)
 
     def _open(self) -> None:
         if self._jsonl is not None or self.run_dir is None:

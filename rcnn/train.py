@@ -16,7 +16,7 @@ from rcnn.config import TrainConfig, images_per_batch, resolve
 from rcnn.data import flowers, open_dataset
 from rcnn.data.dataset import DetectionDataset
 from rcnn.images import ImageError
-from rcnn.metrics.curves import precision_recall
+from rcnn.metrics.curves import match_detections
 from rcnn.models.faster_rcnn import FasterRCNN
 from rcnn.optim import scaled_lr
 from rcnn.stopping import Interrupted, Reason
@@ -202,8 +202,12 @@ def _finish(
     if drawn:
         sheet = viz.contact_sheet(drawn, columns=4)
         viz.save(sheet, folder / "predictions.jpg")
-        tracker.image("predictions", np.asarray(sheet), 0)
-    plots = viz.plot_run(folder / "results.csv", precision_recall(val_set, found.results), folder / "plots")
+        tracker.image("predictions", np.asarray(sheet))
+    curves = {name: curve for name, curve in match_detections(val_set, found.results).items() if curve.gt}
+    for name, curve in curves.items():
+        tracker.precision_recall(f"precision_recall/{name}", curve.scores, curve.hits, curve.gt)
+    lines = {name: (curve.recall, curve.precision) for name, curve in curves.items()}
+    plots = viz.plot_run(folder / "results.csv", lines, folder / "plots")
     tracker.message(f"trained {seconds / 60:.1f} minutes")
     console.show(console.ap_table(f"{config.val_split}: average precision of the best weights", found.voc, found.coco))
     print(f"run folder: {folder}")
