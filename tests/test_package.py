@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import rcnn
 
@@ -81,6 +82,8 @@ def test_version_has_one_place() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|rc\d+)?", rcnn.__version__)
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.search(rf"^## {re.escape(rcnn.__version__)}\b", changelog, re.MULTILINE), "CHANGELOG.md lacks the version"
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == rcnn.__version__ and citation["license"] == setup_cfg()["metadata"]["license"]
 
 
 def test_requirements_file_is_the_package_with_cuda12() -> None:
@@ -118,3 +121,19 @@ def test_links_of_the_readme_lead_somewhere() -> None:
     local = [target for target in targets if "://" not in target]
     assert local
     assert [target for target in local if not (ROOT / target).exists()] == []
+
+
+def test_the_workflow_runs_the_script_and_every_supported_python() -> None:
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
+    assert {"run": ".ci/run"} in jobs["run"]["steps"]
+    assert {"run": ".ci/try_wheel python"} in jobs["wheel"]["steps"]
+    classifiers = setup_cfg()["metadata"]["classifiers"]
+    assert jobs["wheel"]["strategy"]["matrix"]["python"] == re.findall(r"Python :: (3\.\d+)", classifiers)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda f: f.stem)
+def test_issue_templates_are_forms(file: Path) -> None:
+    form = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if file.stem != "config":
+        assert {"name", "description", "body"} <= set(form)
+        assert all(item["attributes"]["label"] for item in form["body"])
