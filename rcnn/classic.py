@@ -46,7 +46,7 @@ from rcnn.models.classic import (
 from rcnn.models.losses import roi_losses
 from rcnn.models.roi_heads import BOX_WEIGHTS, RoIHeads
 from rcnn.models.weights import load_published
-from rcnn.tracking import open_events
+from rcnn.tracking import Events
 
 __all__ = [
     "AnchorTargerLayer",
@@ -236,15 +236,16 @@ class CrayonExperiment:
     """One run in TensorBoard, made by :meth:`CrayonClient.create_experiment`."""
 
     def __init__(self, folder: Path) -> None:
-        self._events = open_events(folder, flush_secs=1)
+        self._events = Events(folder)
         weakref.finalize(self, self._events.close)  # or at the end of the program
         self._next: dict[str, int] = {}
 
     def add_scalar_value(self, name: str, value: float, wall_time: float = -1, step: int = -1) -> None:
-        """Write a value, within a second; ``step`` -1 comes after the last of that name, ``wall_time`` -1 is now."""
+        """Write a value; ``step`` -1 comes after the last of that name, ``wall_time`` -1 is now."""
         step = self._next.get(name, 0) if step == -1 else step
         self._next[name] = step + 1
         self._events.add_scalar(name, value, step, None if wall_time == -1 else wall_time)
+        self._events.flush()
 
 
 def imshow(inp: Tensor, gt_boxes: ArrayLike = (), predict_boxes: ArrayLike = (), random: bool = False) -> Image.Image:

@@ -31,6 +31,10 @@ from rcnn.structures import Targets
 #: Ground-truth boxes per image with which a batch size is tried out, and the share of the GPU's memory it may take.
 TRIAL_BOXES, TRIAL_SHARE = 50, 0.9
 
+#: What a target that is not finite is called among the losses of a step. Matching leaves such a box out, so that the
+#: losses alone would not tell.
+TARGET = "a target box"
+
 
 @dataclass
 class Evaluation:
@@ -98,7 +102,7 @@ class StepResult:
     """What a step found, on its way to the host; asking for it waits for the step, and for nothing after it.
 
     Args:
-        names: of the N losses.
+        names: of the N losses; the last one is ``TARGET``, zero or NaN.
         values: ``(2 * N + 1,)`` float; losses of this process, their means over all processes, and the norm of the
             gradient before it was cut, over all parameters.
     """
@@ -126,8 +130,8 @@ class StepResult:
 class Step:
     """One step of the optimiser, over the mean gradient of one batch or more.
 
-    If a loss of any process, or the gradient, is not finite, the weights and the optimiser's state stay as they are;
-    that is decided on the device, which nobody waits for.
+    If a loss of any process, a target or the gradient is not finite, the weights and the optimiser's state stay as they
+    are; that is decided on the device, which nobody waits for.
 
     Args:
         model: a :class:`~rcnn.models.faster_rcnn.FasterRCNN` in training mode, or one wrapped for data parallelism.
@@ -174,6 +178,7 @@ class Step:
                     found = {name: loss / len(batches) for name, loss in model(batch.images, batch.targets).items()}
                 total = torch.stack(list(found.values())).sum()
                 (total if scaler is None else total * scaler.scale).backward()
+            found[TARGET] = 0 * batch.targets.boxes.sum()  # zero, or NaN
             losses = {name: losses.get(name, 0) + loss.detach() for name, loss in found.items()}
         self.names[:] = losses
         means = torch.stack(list(distributed.mean(losses).values()))

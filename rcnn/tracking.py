@@ -8,10 +8,10 @@ import numbers
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from rcnn.files import write_text
-
-if TYPE_CHECKING:
-    from tensorboardX import SummaryWriter
 
 #: The files in the run folder.
 METRICS, RESULTS, EVENTS = "metrics.jsonl", "results.csv", "tensorboard"
@@ -55,11 +52,63 @@ def tags(losses: Mapping[str, float], total: str, prefix: str = "") -> dict[str,
     return values
 
 
-def open_events(folder: str | os.PathLike[str], **options: Any) -> "SummaryWriter":
-    """A writer of TensorBoard events into ``folder``; ``options`` are those of tensorboardX's ``SummaryWriter``."""
-    from tensorboardX import SummaryWriter  # here, so that no other use of the package pays for the import
+class Events:
+    """TensorBoard events, written at once.
 
-    return SummaryWriter(os.fspath(folder), **options)
+    tensorboardX's own ``SummaryWriter`` hands them to a thread, which dies if the disk fills up or the clock jumps; the
+    run would then wait for it for ever.
+
+    Args:
+        folder: made if need be.
+        begin: a step from which on readers drop what earlier files of the folder hold; None: nothing is dropped.
+        suffix: of the file's name.
+
+    Raises:
+        OSError: the file cannot be written; so do the methods.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], begin: int | None = None, suffix: str = "") -> None:
+        # Here, so that no other use of the package pays for the import.
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._make, self._event = summary, Event
+        os.makedirs(folder, exist_ok=True)
+        self._writer = EventsWriter(os.path.join(folder, "events"), suffix)
+        if begin is not None:
+            for mark in ({"file_version": "brain.Event:2"}, {"session_log": SessionLog(status=SessionLog.START)}):
+                self._writer.write_event(Event(wall_time=time.time(), step=begin, **mark))
+
+    def add_scalar(self, tag: str, value: float, step: int, wall_time: float | None = None) -> None:
+        """Write a value; ``wall_time`` None is now."""
+        self._add(self._make.scalar(tag, value), step, wall_time)
+
+    def add_image(self, tag: str, array: np.ndarray, step: int) -> None:
+        """Write a picture, ``(H, W, 3)`` uint8, RGB."""
+        self._add(self._make.image(tag, array, dataformats="HWC"), step, None)
+
+    def add_curve(self, tag: str, rows: Sequence[np.ndarray], step: int) -> None:
+        """Write a precision-recall curve.
+
+        Args:
+            tag: its name.
+            rows: true and false positives, true and false negatives, precision and recall, each ``(THRESHOLDS,)``.
+            step: optimiser steps finished.
+        """
+        self._add(self._make.pr_curve_raw(tag, *rows, THRESHOLDS, None), step, None)
+
+    def _add(self, summary: Any, step: int, wall_time: float | None) -> None:
+        now = time.time() if wall_time is None else wall_time
+        self._writer.write_event(self._event(summary=summary, step=step, wall_time=now))
+
+    def flush(self) -> None:
+        """Bring everything to the disk."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Bring everything to the disk, and write no more."""
+        self._writer.close()
 
 
 class Tracker:
@@ -91,7 +140,7 @@ class Tracker:
         self.epochs, self.total_steps, self.resume_step = epochs, total_steps, resume_step
         self._console = console or Console()
         self._jsonl: IO[str] | None = None
-        self._events: SummaryWriter | None = None
+        self._events: Events | None = None
         self._bar: _Bar | None = None
         self._rows: list[dict[str, Any]] = []
         self._before = 0.0
@@ -170,8 +219,6 @@ class Tracker:
         write_text(self.run_dir / RESULTS, _to_csv(self._rows))
         validation = {name.removeprefix("val_"): v for name, v in values.items() if name.startswith("val_loss_")}
         self._scalars(tags(validation, "val_loss", "val_") | {k: values[k] for k in ("AP", "AP50") if k in values})
-        if self._events is not None:
-            self._events.flush()
         shown = (f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float))
         self.message("  ".join([f"{self._of('epoch', epoch, self.epochs)} done", *shown]))
 
@@ -192,7 +239,7 @@ class Tracker:
             return
         self._open()
         if self._events is not None:
-            self._events.add_image(tag, array, self._step if step is None else step, dataformats="HWC")
+            self._events.add_image(tag, array, self._step if step is None else step)
 
     def precision_recall(
         self, tag: str, scores: np.ndarray, hits: np.ndarray, objects: int, step: int | None = None
@@ -217,7 +264,7 @@ class Tracker:
         counts = found, taken - found, np.zeros(THRESHOLDS), objects - found
         if self._events is not None:
             at = self._step if step is None else step
-            self._events.add_pr_curve_raw(tag, *counts, precision, found / objects, at, THRESHOLDS)
+            self._events.add_curve(tag, [*counts, precision, found / objects], at)
 
     def _open(self) -> None:
         if self._jsonl is not None or self.run_dir is None:
@@ -225,9 +272,7 @@ class Tracker:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._keep_until(self.run_dir, self.resume_step)
         self._jsonl = open(self.run_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115
-        self._events = open_events(
-            self.run_dir / EVENTS, purge_step=self.resume_step + 1, filename_suffix=f".{self.resume_step}"
-        )
+        self._events = Events(self.run_dir / EVENTS, self.resume_step + 1, f".{self.resume_step}")
         self._step = self.resume_step
         self._start = time.perf_counter()
         if self._console.is_terminal:
@@ -299,6 +344,8 @@ class Tracker:
         for tag, value in values.items():
             if self._events is not None and math.isfinite(value):
                 self._events.add_scalar(tag, value, self._step)
+        if self._events is not None:
+            self._events.flush()
 
     def _seconds(self) -> float:
         return self._before + time.perf_counter() - self._start

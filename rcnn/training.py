@@ -152,8 +152,9 @@ class _Run:
         self.unreadable: dict[str, None] = {}  # a sentence for each image that was skipped
         self.unsaid: list[str] = []
         self.pending: _Taken | None = None
+        self.saved = 0  # step of the newest state
         self.asked: Callable[[], Reason] = lambda: Reason.NONE
-        torch.manual_seed(config.seed + self.rank)  # dropout differs between processes
+        _seed(config.seed + self.rank)  # dropout differs between processes
         if config.resume:
             self.restore()
         if self.rank == 0:
@@ -191,7 +192,6 @@ class _Run:
         at, config = self.at, self.config
         self.model.train()
         self.loader.set_epoch(at.epoch, at.batch)
-        first = at.step
         try:
             self.steps_of_epoch()
         except RuntimeError as error:
@@ -202,8 +202,7 @@ class _Run:
             raise
         except MemoryError as error:
             raise self.out_of_memory() from error
-        if at.step > first:  # else resumed at the end of the steps
-            self.save()
+        self.save()
         found = None
         if (at.epoch + 1) % config.val_interval == 0 or at.epoch + 1 == config.epochs:
             with self.averaged():
@@ -222,7 +221,7 @@ class _Run:
         at.best, at.stale = distributed.broadcast((at.best, at.stale))
         self.tracker.epoch(at.epoch, metrics)
         if at.epoch < given(config.epochs):
-            self.stop_if_asked()
+            self.stop_if_asked(save=False)
 
     def steps_of_epoch(self) -> None:
         """Take each step, and save on the way; returns when all results are in."""
@@ -235,10 +234,10 @@ class _Run:
             if len(group) < config.optim.accumulate and not last:
                 continue
             self.step(group, start, last)
-            group, start = [], time.perf_counter()
             if config.save_interval and at.step % config.save_interval == 0 and not last:
                 self.save()
-            self.stop_if_asked(saved=False)
+            self.stop_if_asked(save=True)
+            group, start = [], time.perf_counter()
         self.settle()
 
     def step(self, group: list[Batch], start: float, last: bool) -> None:
@@ -272,6 +271,7 @@ class _Run:
         losses, means, norm = taken.result.read()
         finite = bool(np.isfinite([*means.values(), norm]).all())
         if finite:
+            del means[engine.TARGET]
             self.totals = {name: self.totals.get(name, 0.0) + value for name, value in means.items()}
             self.at.counted += 1
         logged = finite and (taken.step % self.config.log_interval == 0 or taken.last)
@@ -291,6 +291,7 @@ class _Run:
         if names or np.isfinite(list(means.values())).all():  # else another process is to blame
             files = ", ".join(str(self.train_set.records[i].path) for batch in taken.batches for i in batch.indices)
             file = self.folder / run_folder.BAD_STEP.format(taken.step, self.rank)
+            del losses[engine.TARGET]
             facts = {"step": taken.step, "lr": taken.lr, "losses": losses, "norm": norm, "files": files}
             replay.save(file, self.model, taken.batches, self.config.seed, {**facts, **taken.before})
             told = (
@@ -312,7 +313,7 @@ class _Run:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         kept = "the last checkpoint is as it was"
-        if self.world == 1 and self.at.step:
+        if self.world == 1:
             self.save()
             kept = f"the checkpoint of step {self.at.step} is in {self.folder}"
         config, model = self.config, self.model.config
@@ -330,12 +331,12 @@ class _Run:
                 self.unreadable[sentence] = None
         self.unsaid = []
 
-    def stop_if_asked(self, saved: bool = True) -> None:
-        """Leave, all processes together, if any was asked to; ``saved``: the state of now is on the disk."""
+    def stop_if_asked(self, save: bool) -> None:
+        """Leave, all processes together, if any was asked to; after an evaluation nothing is to save."""
         reason = Reason(distributed.maximum(self.asked())[0])
         if not reason:
             return
-        if not saved:
+        if save:
             self.save()
         self.tell_unreadable()
         distributed.barrier()  # the first process has saved
@@ -363,8 +364,11 @@ class _Run:
             checkpoint.save(self.folder / name, model.state_dict(), config_to(model), model.classes, extra)
 
     def save(self) -> None:
-        """Write the state and the last weights; called by every process, written by the first."""
+        """Write the state and the last weights, unless they are; called by every process, written by the first."""
         self.settle()
+        if self.saved == self.at.step:
+            return
+        self.saved = self.at.step
         states = distributed.gather_objects(_random_state(self.device))
         if self.rank != 0:
             return
@@ -409,11 +413,19 @@ class _Run:
             if state["images"] != images:  # another number of processes or batch size: the same share of the epoch
                 self.at.batch = self.at.batch * state["images"] // images
             self.model.step.fill_(self.at.forwards)
+            self.saved = self.at.step
             if len(state["random"]) == self.world:
                 _set_random_state(state["random"][self.rank], self.device)
         except (KeyError, TypeError) as error:
             problem = f"{file} is no training state of this version: {error!r} is amiss"
             raise checkpoint.CheckpointError(problem) from None
+
+
+def _seed(seed: int) -> None:
+    """Set every generator that a process may use; this package's own data and sampling use none of them."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from rcnn.config import OptimConfig, TrainConfig, resolve
-from rcnn.engine import Step, find_batch_size, largest_batch
+from rcnn.engine import TARGET, Step, find_batch_size, largest_batch
 from rcnn.models.faster_rcnn import FasterRCNN
 from rcnn.optim import Ema, load_named_state, lr_factor, make_optimizer, named_state, scaled_lr, set_lr
 
@@ -131,7 +132,7 @@ class Losses(nn.Module):
 
 class Fake:
     def __init__(self, *values):
-        self.images, self.targets = torch.tensor(values), None
+        self.images, self.targets = torch.tensor(values), SimpleNamespace(boxes=torch.zeros(0, 4))
 
     def to(self, *_, **__):
         return self
@@ -149,6 +150,7 @@ def test_a_step_that_is_not_finite_changes_nothing(name, bad):
             found = Step(model, optimizer, guarded=[model.mean])([Fake(*batch)])
             losses, means, norm = found.read()
             assert losses == means or math.isnan(losses["loss_a"])
+            assert losses[TARGET] == 0
             assert math.isfinite(norm) is math.isfinite(losses["loss_a"]) is math.isfinite(sum(batch))
             assert math.isfinite(losses["loss_b"])
         state = named_state(model, optimizer)["weight"]
@@ -162,7 +164,8 @@ def test_accumulated_batches_make_the_mean_gradient():
     found = Step(model, make_optimizer(model, config, 1.0))([Fake(1.0, 2.0), Fake(3.0, 8.0)])
     assert model.weight.tolist() == [1 - (2 + 1), 2 - (5 + 1)]
     losses, _, norm = found.read()
-    assert losses == {"loss_a": ((1 + 4) + (3 + 16)) / 2, "loss_b": 3.0} and norm == pytest.approx(math.hypot(3, 6))
+    assert losses == {"loss_a": ((1 + 4) + (3 + 16)) / 2, "loss_b": 3.0, TARGET: 0.0}
+    assert norm == pytest.approx(math.hypot(3, 6))
 
 
 def test_the_gradient_is_cut_to_its_norm():
