@@ -299,6 +299,7 @@ class Tracker:
                     kept = False
                 if kept:
                     lines.append(line + "\n")
+                    self._lr = row.get("lr", math.nan)
         if step and (folder / RESULTS).is_file():
             text = (folder / RESULTS).read_text("utf-8", errors="replace")
             for row in csv.DictReader(io.StringIO(text)):

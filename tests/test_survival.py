@@ -168,7 +168,7 @@ def test_a_corrupt_newest_checkpoint_gives_way_to_the_one_before(server, folder,
 
 def test_a_second_run_in_the_same_folder_is_refused(server, data, folder):
     out = folder / "shared"
-    slow = jobs.BRIEF + "import time\ntraining.train_step = lambda *_: time.sleep(600)\n"
+    slow = jobs.BRIEF + "import time\nengine.Step.on_device = lambda *_: time.sleep(600)\n"
     first = server.train("--data", data, "--out", out, *OPTIONS, before=slow)
     first.wait_for("learning rate")
     second = server.train("--data", data, "--out", out, *OPTIONS)
@@ -186,10 +186,10 @@ from torch.utils.data import get_worker_info
 from rcnn.data.dataset import DetectionDataset
 real = DetectionDataset.read
 
-def read(self, index):
+def read(self, index, *rest):
     if get_worker_info() is not None and index == 3:
         os.kill(os.getpid(), signal.{signal})
-    return real(self, index)
+    return real(self, index, *rest)
 
 DetectionDataset.read = read
 """
@@ -202,7 +202,8 @@ def test_a_worker_that_dies_names_its_file(server, data, folder, name):
     job = server.train(*words, before=jobs.BRIEF + DEAD_WORKER.format(signal=name))
     assert job.wait() == 1
     names = (data / "VOC2007/ImageSets/Main/train.txt").read_text().split()
-    line = job.text().replace("\0", "\n").splitlines()[-1]  # torch's own last word ends in a zero
+    shown = job.text().replace("\0", "\n")  # torch's own last word ends in a zero
+    (line,) = [line for line in shown.splitlines() if "a loading process died" in line]
     assert line.startswith("rcnn train: a loading process died (") and f"/{names[3]}.jpg; if memory ran out" in line
 
 
@@ -223,15 +224,15 @@ def test_an_image_that_turns_unreadable_in_mid_training_is_named(server, data, f
     copy = shutil.copytree(data, folder / "turning")
     before = f"""
 taken = []
-real = training.train_step
-def train_step(*words):
+real = engine.Step.on_device
+def on_device(*words):
     taken.append(1)
     if len(taken) == 4:
         for file in {str(copy)!r}, :
             name = open(file + "/VOC2007/ImageSets/Main/train.txt").read().split()[0]
             os.truncate(file + "/VOC2007/JPEGImages/" + name + ".jpg", 300)
     return real(*words)
-training.train_step = train_step
+engine.Step.on_device = on_device
 """
     out = folder / "turned"
     job = server.train("--data", copy, "--out", out, *OPTIONS, before=jobs.BRIEF + before)
@@ -283,14 +284,14 @@ def test_a_bad_step_ends_the_run_by_default_and_a_replay_finds_the_same(server, 
     """A weight that turned into NaN: every loss that depends on it is named, and found again bit by bit."""
     out = folder / "diverged"
     before = """
-real, taken = training.train_step, []
-def train_step(network, *words):
+real, taken = engine.Step.on_device, []
+def on_device(self, batches):
     taken.append(1)
     if len(taken) == 3:
         with torch.no_grad():
-            network.roi_heads.box_predictor.bbox_pred.bias.fill_(float("nan"))
-    return real(network, *words)
-training.train_step = train_step
+            self.model.roi_heads.box_predictor.bbox_pred.bias.fill_(float("nan"))
+    return real(self, batches)
+engine.Step.on_device = on_device
 """
     job = server.train("--data", data, "--out", out, *OPTIONS, before=jobs.BRIEF + before)
     assert job.wait() == 1
@@ -314,13 +315,13 @@ training.train_step = train_step
 def test_out_of_memory_says_what_to_lower_and_leaves_a_checkpoint(server, data, folder, whole):
     out = folder / "memory"
     before = """
-real, taken = training.train_step, []
-def train_step(*words):
+real, taken = engine.Step.on_device, []
+def on_device(*words):
     taken.append(1)
     if len(taken) == 4:
         raise {error}
     return real(*words)
-training.train_step = train_step
+engine.Step.on_device = on_device
 """
     interval = ["--save_interval", "0"]
     for number, error in enumerate(("torch.cuda.OutOfMemoryError('CUDA out of memory')", "MemoryError()")):
