@@ -3,11 +3,18 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rcnn.kernels import _launch
+
 #: Anchor grids kept for re-use; a batch of another size than the last ones makes its own.
 _CACHED = 16
+#: Threads of a block.
+THREADS = 256
+SOURCE = _launch.CudaSource("anchors", THREADS=THREADS)
+
 _cache: "OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]]" = OrderedDict()
 
 
@@ -74,7 +81,8 @@ def anchors(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[
     if found is None:
         # A cached tensor outlives the call, so it must be usable in training too. Holding `cells` keeps its id taken.
         with torch.inference_mode(False), torch.no_grad():
-            found = (cells, _cpu(cells, shapes, strides))
+            body = _cuda if _launch.uses_kernels(cells) else _cpu
+            found = (cells, body(cells, shapes, strides))
         _cache[key] = found
         while len(_cache) > _CACHED:
             _cache.popitem(last=False)
@@ -97,3 +105,16 @@ def _cpu(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[int
         shifts = torch.stack((x, y, x, y), dim=2)
         levels.append((shifts[:, :, None] + cell).reshape(-1, 4))
     return torch.cat(levels)
+
+
+def _cuda(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Tensor:
+    cells = cells.contiguous()
+    counts = [int(height) * int(width) * cells.shape[1] for height, width in shapes]
+    grids = cells.new_empty(sum(counts), 4)
+    start = 0
+    for cell, count, (_, width), stride in zip(cells, counts, shapes, strides, strict=True):
+        numbers = np.int32(count), np.int32(len(cell)), np.int32(width), np.float32(stride)
+        grid = grids[start : start + count]
+        _launch.launch(SOURCE, "anchor_grid", -(-count // THREADS), THREADS, (cell, grid, *numbers))
+        start += count
+    return grids

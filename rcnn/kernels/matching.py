@@ -1,14 +1,21 @@
 """Matching: which ground-truth box each anchor or proposal belongs to, and which of them enter the losses."""
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rcnn import boxes as box
+from rcnn.kernels import _launch
 from rcnn.kernels.matching_cpu import match_cpu
-from rcnn.kernels.sampling import ANCHORS, PROPOSALS, image_keys, sample
+from rcnn.kernels.sampling import ANCHORS, PROPOSALS, image_keys, list_sizes, sample
 from rcnn.structures import AnchorSamples, Proposals, Samples, Targets
+
+#: Threads of a block, and boxes for each lane of a warp that matches anchors.
+THREADS, EACH = 128, 4
+SOURCE = _launch.CudaSource("matching", THREADS=THREADS, EACH=EACH)
 
 #: Labels that the CPU body of :func:`match_anchors` holds at once.
 _LABELS = 1 << 19
@@ -58,7 +65,8 @@ def match(
     _check_thresholds(high_threshold, low_threshold)
     if boxes.dim() not in (2, 3) or boxes.shape[-1] != 4 or (boxes.dim() == 3 and boxes.shape[0] != images):
         raise ValueError(f"boxes must have shape (N, 4) or ({images}, N, 4), got {tuple(boxes.shape)}")
-    return match_cpu(
+    body = _match_cuda if _launch.uses_kernels(boxes) else match_cpu
+    return body(
         boxes.detach(),
         gt_boxes.detach(),
         gt_labels,
@@ -112,35 +120,15 @@ def match_anchors(
         Ren et al., Faster R-CNN (2015), section 3.1.2; torchvision, ``RegionProposalNetwork``, which draws by
         ``randperm``.
     """
-    images = _check_targets(targets)
+    _check_targets(targets)
     _check_thresholds(high_threshold, low_threshold)
     _check_sampling(step, batch_size_per_image, positive_fraction)
     if anchors.dim() != 2 or anchors.shape[0] < 1 or anchors.shape[1] != 4:
         raise ValueError(f"anchors must have shape (N, 4) with N at least 1, got {tuple(anchors.shape)}")
+    body = _match_anchors_cuda if _launch.uses_kernels(anchors) else _match_anchors_cpu
     positives = int(batch_size_per_image * positive_fraction)
-    keys = image_keys(ANCHORS, seed, step, targets.image_ids)
-    # A group of images at a time: small images pay the overhead once, large ones need the memory of one.
-    group = max(1, _LABELS // anchors.shape[0])
-    parts = []
-    for start in range(0, images, group):
-        stop = min(start + group, images)
-        outside = None if allowed_border is None else _outside(anchors, targets.image_sizes[start:stop], allowed_border)
-        labels, matched = match_cpu(
-            anchors if outside is None else anchors.masked_fill(outside[..., None], 0.0),
-            targets.boxes,
-            targets.labels,
-            targets.offsets[start : stop + 1],
-            high_threshold,
-            low_threshold,
-            True,
-        )
-        if outside is not None:
-            labels = labels.masked_fill(outside, -1)
-        index, drawn = sample(labels, keys[start:stop], batch_size_per_image, positives)
-        parts.append((index, drawn, matched.gather(1, index)))
-    index, drawn, matched = (torch.cat(part) for part in zip(*parts, strict=True))
-    deltas, _ = _encode(anchors[index], targets.boxes, torch.where(drawn > 0, matched, -1), (1.0, 1.0, 1.0, 1.0))
-    return AnchorSamples(index=index, labels=drawn, deltas=deltas)
+    thresholds = high_threshold, low_threshold
+    return body(anchors, targets, seed, step, thresholds, batch_size_per_image, positives, allowed_border)
 
 
 @torch.no_grad()
@@ -190,25 +178,10 @@ def match_proposals(
         raise ValueError(f"proposals.boxes must have shape ({images}, P, 4) with P at least 1, got {shape}")
     if len(box_weights) != 4:
         raise ValueError(f"box_weights must be 4 numbers, got {tuple(box_weights)}")
-    candidates, in_use = _with_ground_truth(proposals, targets)
-    labels, matched = match_cpu(
-        candidates, targets.boxes, targets.labels, targets.offsets, high_threshold, low_threshold, False
-    )
-    labels = torch.where(in_use, labels, -1)
-    keys = image_keys(PROPOSALS, seed, step, targets.image_ids)
-    index, drawn = sample(labels, keys, batch_size_per_image, int(batch_size_per_image * positive_fraction))
-    matched = torch.where(drawn > 0, matched.gather(1, index), -1)
-    rois = candidates.gather(1, index[..., None].expand(-1, -1, 4)).masked_fill((drawn < 0)[..., None], 0.0)
-    deltas, matched_boxes = _encode(rois, targets.boxes, matched, box_weights)
-    gt_labels = torch.cat((targets.labels, targets.labels.new_zeros(1)))
-    image = torch.arange(images, device=rois.device, dtype=rois.dtype)[:, None, None].expand(-1, rois.shape[1], 1)
-    return Samples(
-        rois=torch.cat((image, rois), dim=2).reshape(-1, 5),
-        labels=torch.where(drawn > 0, gt_labels[matched], drawn).reshape(-1),
-        matched_boxes=matched_boxes.reshape(-1, 4),
-        deltas=deltas.reshape(-1, 4),
-        weights=(drawn >= 0).to(torch.float32).reshape(-1),
-    )
+    body = _match_proposals_cuda if _launch.uses_kernels(proposals.boxes) else _match_proposals_cpu
+    positives = int(batch_size_per_image * positive_fraction)
+    thresholds = high_threshold, low_threshold
+    return body(proposals, targets, seed, step, thresholds, batch_size_per_image, positives, box_weights)
 
 
 def _check_ground_truth(gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor) -> int:
@@ -247,6 +220,71 @@ def _check_sampling(step: Tensor, batch_size_per_image: int, positive_fraction: 
         raise ValueError(f"positive_fraction must be in 0..1, got {positive_fraction}")
 
 
+def _match_anchors_cpu(
+    anchors: Tensor,
+    targets: Targets,
+    seed: int,
+    step: Tensor,
+    thresholds: tuple[float, float],
+    size: int,
+    positives: int,
+    allowed_border: float | None,
+) -> AnchorSamples:
+    images = targets.image_ids.shape[0]
+    keys = image_keys(ANCHORS, seed, step, targets.image_ids)
+    # A group of images at a time: small images pay the overhead once, large ones need the memory of one.
+    group = max(1, _LABELS // anchors.shape[0])
+    parts = []
+    for start in range(0, images, group):
+        stop = min(start + group, images)
+        outside = None if allowed_border is None else _outside(anchors, targets.image_sizes[start:stop], allowed_border)
+        labels, matched = match_cpu(
+            anchors if outside is None else anchors.masked_fill(outside[..., None], 0.0),
+            targets.boxes,
+            targets.labels,
+            targets.offsets[start : stop + 1],
+            *thresholds,
+            True,
+        )
+        if outside is not None:
+            labels = labels.masked_fill(outside, -1)
+        index, drawn = sample(labels, keys[start:stop], size, positives)
+        parts.append((index, drawn, matched.gather(1, index)))
+    index, drawn, matched = (torch.cat(part) for part in zip(*parts, strict=True))
+    deltas, _ = _encode(anchors[index], targets.boxes, torch.where(drawn > 0, matched, -1), (1.0, 1.0, 1.0, 1.0))
+    return AnchorSamples(index=index, labels=drawn, deltas=deltas)
+
+
+def _match_proposals_cpu(
+    proposals: Proposals,
+    targets: Targets,
+    seed: int,
+    step: Tensor,
+    thresholds: tuple[float, float],
+    size: int,
+    positives: int,
+    box_weights: Sequence[float],
+) -> Samples:
+    images = targets.image_ids.shape[0]
+    candidates, in_use = _with_ground_truth(proposals, targets)
+    labels, matched = match_cpu(candidates, targets.boxes, targets.labels, targets.offsets, *thresholds, False)
+    labels = torch.where(in_use, labels, -1)
+    keys = image_keys(PROPOSALS, seed, step, targets.image_ids)
+    index, drawn = sample(labels, keys, size, positives)
+    matched = torch.where(drawn > 0, matched.gather(1, index), -1)
+    rois = candidates.gather(1, index[..., None].expand(-1, -1, 4)).masked_fill((drawn < 0)[..., None], 0.0)
+    deltas, matched_boxes = _encode(rois, targets.boxes, matched, box_weights)
+    gt_labels = torch.cat((targets.labels, targets.labels.new_zeros(1)))
+    image = torch.arange(images, device=rois.device, dtype=rois.dtype)[:, None, None].expand(-1, rois.shape[1], 1)
+    return Samples(
+        rois=torch.cat((image, rois), dim=2).reshape(-1, 5),
+        labels=torch.where(drawn > 0, gt_labels[matched], drawn).reshape(-1),
+        matched_boxes=matched_boxes.reshape(-1, 4),
+        deltas=deltas.reshape(-1, 4),
+        weights=(drawn >= 0).to(torch.float32).reshape(-1),
+    )
+
+
 def _outside(anchors: Tensor, image_sizes: Tensor, border: float) -> Tensor:
     """``(B, N)`` bool, anchors that reach more than ``border`` pixels beyond their image."""
     height, width = image_sizes[:, :1], image_sizes[:, 1:]
@@ -279,3 +317,152 @@ def _encode(rois: Tensor, gt_boxes: Tensor, matched: Tensor, weights: Sequence[f
     truth = torch.cat((gt_boxes, unit[None]))[matched]
     deltas = box.encode(torch.where(positive, rois, unit), truth, weights)
     return deltas, torch.where(positive, truth, 0.0)
+
+
+def _match_cuda(
+    boxes: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_offsets: Tensor,
+    high_threshold: float,
+    low_threshold: float,
+    low_quality: bool,
+) -> tuple[Tensor, Tensor]:
+    truth = _truth("gt_boxes", gt_boxes, gt_labels, gt_offsets)
+    reach = gt_boxes.new_zeros(gt_boxes.shape[0], dtype=torch.int32) if low_quality else None
+    thresholds = high_threshold, low_threshold
+    state = _assign(_float32("boxes", boxes), None, math.inf, truth, thresholds, reach, None).to(torch.int64)
+    return (state + 1).clamp_(max=1), state.clamp_(min=-1)
+
+
+def _match_anchors_cuda(
+    anchors: Tensor,
+    targets: Targets,
+    seed: int,
+    step: Tensor,
+    thresholds: tuple[float, float],
+    size: int,
+    positives: int,
+    allowed_border: float | None,
+) -> AnchorSamples:
+    images, anchors = targets.image_ids.shape[0], _float32("anchors", anchors)
+    truth = _truth("targets.boxes", targets.boxes, targets.labels, targets.offsets)
+    sizes = None if allowed_border is None else _float32("targets.image_sizes", targets.image_sizes)
+    border = math.inf if allowed_border is None else allowed_border
+    tally, found, reach = _counters(targets, targets.boxes.shape[0])
+    state = _assign(anchors, sizes, border, truth, thresholds, reach, tally)
+    draw = _gather(ANCHORS, state, tally, found, seed, step, targets, size, positives)
+    index, labels = (state.new_empty(images, size, dtype=torch.int64) for _ in range(2))
+    deltas = anchors.new_empty(images, size, 4)
+    _draw("match_draw_anchors", draw, (anchors, truth[0], index, labels, deltas))
+    return AnchorSamples(index=index, labels=labels, deltas=deltas)
+
+
+def _match_proposals_cuda(
+    proposals: Proposals,
+    targets: Targets,
+    seed: int,
+    step: Tensor,
+    thresholds: tuple[float, float],
+    size: int,
+    positives: int,
+    box_weights: Sequence[float],
+) -> Samples:
+    boxes = _float32("proposals.boxes", proposals.boxes)
+    truth = _truth("targets.boxes", targets.boxes, targets.labels, targets.offsets)
+    (images, capacity), rows = boxes.shape[:2], targets.boxes.shape[0]
+    tally, found, _ = _counters(targets, 0)
+    # Ground truth joins in the kernels: an image could own all rows, so there is room for them.
+    count = capacity + rows
+    state = tally.new_empty(images, count)
+    candidates = boxes, proposals.count.contiguous(), np.int32(capacity), np.int32(count)
+    high, low = (np.float32(threshold) for threshold in thresholds)
+    grid = -(-count // THREADS), images
+    _launch.launch(SOURCE, "match_assign_proposals", grid, THREADS, (*candidates, *truth, high, low, state, tally))
+    draw = _gather(PROPOSALS, state, tally, found, seed, step, targets, size, positives)
+    samples = Samples(
+        rois=boxes.new_empty(images * size, 5),
+        labels=state.new_empty(images * size, dtype=torch.int64),
+        matched_boxes=boxes.new_empty(images * size, 4),
+        deltas=boxes.new_empty(images * size, 4),
+        weights=boxes.new_empty(images * size),
+    )
+    weights = (np.float32(weight) for weight in box_weights)
+    _draw("match_draw_proposals", draw, (boxes, np.int32(capacity), *truth, *weights, *vars(samples).values()))
+    return samples
+
+
+def _counters(targets: Targets, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros, from one fill: positives and negatives of each image, what their lists hold, the reach of each row."""
+    lists = 2 * targets.image_ids.shape[0]
+    zeros = torch.zeros(2 * lists + rows, dtype=torch.int32, device=targets.boxes.device)
+    return zeros[:lists], zeros[lists : 2 * lists], zeros[2 * lists :]
+
+
+def _assign(
+    boxes: Tensor,
+    sizes: Tensor | None,
+    border: float,
+    truth: tuple[Tensor, Tensor, Tensor, np.int32],
+    thresholds: tuple[float, float],
+    reach: Tensor | None,
+    tally: Tensor | None,
+) -> Tensor:
+    """``(B, N)`` int32: the ground-truth row of a positive box, -1 for a negative and -2 for an ignored one."""
+    count, images = boxes.shape[-2], truth[2].shape[0] - 1
+    state = boxes.new_empty(images, count, dtype=torch.int32)
+    stride = np.int32(count if boxes.dim() == 3 else 0)
+    inputs = boxes, stride, np.int32(count), sizes, np.float32(border), *truth
+    grid = -(-count // (THREADS * EACH)), images
+    if reach is not None:
+        _launch.launch(SOURCE, "match_reach", grid, THREADS, (*inputs, reach))
+    high, low = (np.float32(threshold) for threshold in thresholds)
+    _launch.launch(SOURCE, "match_assign", grid, THREADS, (*inputs, reach, high, low, state, tally))
+    return state
+
+
+def _gather(
+    stream: int,
+    state: Tensor,
+    tally: Tensor,
+    found: Tensor,
+    seed: int,
+    step: Tensor,
+    targets: Targets,
+    size: int,
+    positives: int,
+) -> tuple[Tensor | np.generic, ...]:
+    """Lists of small keys; gives what a draw reads, in the order of its parameters."""
+    images, count = state.shape
+    expected, capacity = list_sizes(size)
+    capacity = min(capacity, count)
+    keys = state.new_empty(2 * images, capacity, dtype=torch.int64)
+    index = state.new_empty(2 * images, capacity)
+    source = np.uint64((seed ^ stream) % (1 << 64)), step, targets.image_ids.contiguous()
+    inputs = state, np.int32(count), tally, np.float32(expected), np.int32(capacity), *source
+    grid = -(-count // (THREADS * EACH)), images
+    _launch.launch(SOURCE, "match_gather", grid, THREADS, (*inputs, found, keys, index))
+    sizes = np.int32(size), np.int32(positives)
+    return state, np.int32(count), tally, *sizes, found, np.int32(capacity), *source, keys, index
+
+
+def _draw(kernel: str, draw: tuple[Tensor | np.generic, ...], rest: tuple[Tensor | np.generic, ...]) -> None:
+    keys = draw[-1]
+    assert isinstance(keys, Tensor)
+    lists, capacity = keys.shape
+    _launch.launch(SOURCE, kernel, (-(-capacity // THREADS), 2, lists // 2), THREADS, (*draw, *rest))
+
+
+def _truth(
+    name: str, gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor, np.int32]:
+    rows = np.int32(gt_boxes.shape[0])
+    return _float32(name, gt_boxes), gt_labels.contiguous(), gt_offsets.contiguous(), rows
+
+
+def _float32(name: str, x: Tensor) -> Tensor:
+    """Dense float32 on a 16-byte boundary, which kernels read a box at a time."""
+    if x.dtype == torch.float64:
+        raise ValueError(f"{name} must be float32, bfloat16 or float16 on a GPU, got torch.float64")
+    x = x.detach().to(torch.float32).contiguous()
+    return x.clone() if x.data_ptr() % 16 else x

@@ -4,6 +4,8 @@ Each index has a 64-bit key, a hash of (stream, seed, step, data-set id of the i
 drawn. The arithmetic is integer and wraps; the hash is a bijection of the index, so the keys of an image never tie.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -86,3 +88,19 @@ def sample(labels: Tensor, keys: Tensor, size: int, positives: int) -> tuple[Ten
     source = torch.where(slot < total, source, joined.shape[1] - 1)
     drawn = torch.where(slot < positive, 1, torch.where(slot < total, 0, -1))
     return joined.gather(1, source), drawn
+
+
+def list_sizes(size: int) -> tuple[int, int]:
+    """How the kernels gather candidates of a draw: keys below a limit, into lists of fixed length.
+
+    Of uniform keys the number below a limit scatters by the root of its expectation. The expectation lies eight
+    standard deviations above the rows to draw, and the length of a list eight above the expectation.
+
+    Args:
+        size: rows S to draw.
+
+    Returns:
+        Keys expected below the limit, and places of a list.
+    """
+    expected = size + math.ceil(8 * math.sqrt(size)) + 32
+    return expected, expected + math.ceil(8 * math.sqrt(expected)) + 32

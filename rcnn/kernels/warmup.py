@@ -3,7 +3,9 @@
 import torch
 
 from rcnn.kernels import _launch
+from rcnn.kernels.anchors import SOURCE as ANCHORS
 from rcnn.kernels.detections import SOURCE as DETECTIONS
+from rcnn.kernels.matching import SOURCE as MATCHING
 from rcnn.kernels.nms import SOURCE as NMS
 from rcnn.kernels.proposals import SOURCE as PROPOSALS
 from rcnn.kernels.roi_align import SOURCE as ROI_ALIGN
@@ -11,7 +13,16 @@ from rcnn.kernels.roi_pool import SOURCE as ROI_POOL
 from rcnn.kernels.sorting import SOURCE as SORTING
 
 #: The CUDA body of every op. A test compares this with the ``.cu`` files of the folder.
-SOURCES: tuple[_launch.CudaSource, ...] = (DETECTIONS, NMS, PROPOSALS, ROI_ALIGN, ROI_POOL, SORTING)
+SOURCES: tuple[_launch.CudaSource, ...] = (
+    ANCHORS,
+    DETECTIONS,
+    MATCHING,
+    NMS,
+    PROPOSALS,
+    ROI_ALIGN,
+    ROI_POOL,
+    SORTING,
+)
 
 
 def warmup(device: torch.device | str | int | None = None) -> None:
