@@ -28,6 +28,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture
+def on_device(device: torch.device) -> Iterator[None]:
+    """Tensors that are made without saying where are made on ``device``."""
+    with device:
+        yield
+
+
 class _poisoned:
     """New tensors start as NaN and the largest integers, so that an output that a kernel does not write shows."""
 

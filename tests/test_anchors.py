@@ -6,6 +6,8 @@ import torch
 
 from rcnn.kernels.anchors import anchors, cell_anchors
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 def test_cell_anchors_by_hand() -> None:
     # 32 / sqrt(0.5) = 45.25 wide, 22.63 high; halves 22.63 and 11.31 round to 23 and 11.
@@ -40,6 +42,23 @@ def test_grid_equals_the_oracle(shapes: list[tuple[int, int]], strides: list[int
     result = anchors(cells, shapes, strides)
     expected = reference.anchors(cells.tolist(), shapes, strides)
     assert torch.equal(result, torch.tensor(expected).reshape(-1, 4))
+
+
+@pytest.mark.parametrize("width", [1, 31, 32, 33, 63, 64, 65, 85, 86, 255, 256, 257, 1000])
+def test_every_number_of_anchors(width: int) -> None:
+    """On either side of a warp and of a block, with strides that a float32 holds and rows far from the origin."""
+    cells = torch.stack([cell_anchors([16.5, 700], [0.5, 1.0, 2.0]), cell_anchors([33, 1400], [0.5, 1.0, 2.0])])
+    shapes, strides = [(3, width), (1, width // 2)], [7, 1024]
+    expected = reference.anchors(cells.tolist(), shapes, strides)
+    assert torch.equal(anchors(cells, shapes, strides), torch.tensor(expected))
+
+
+def test_cells_of_any_layout_are_left_alone() -> None:
+    cells = torch.stack([cell_anchors([16, 32], [0.5, 1.0, 2.0])] * 2)
+    strided = cells.transpose(1, 2).contiguous().transpose(1, 2)
+    before = strided.clone()
+    assert torch.equal(anchors(strided, [(3, 4), (2, 2)], [8, 16]), anchors(cells, [(3, 4), (2, 2)], [8, 16]))
+    assert torch.equal(strided, before)
 
 
 def test_order_is_level_row_column_anchor() -> None:

@@ -14,26 +14,32 @@ from rcnn import boxes as box
 from rcnn.kernels import matching_cpu
 from rcnn.kernels.matching import match
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 EPS = torch.finfo(torch.float32).eps
-STEP = torch.tensor(7)
 
 
 def random_boxes(count: int, seed: int, size: int = 32) -> Tensor:
     """Integer corners below 1.5 * size, so that areas are exact and only equal ratios give an equal IoU in float32."""
     generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(0, size, (count, 2), generator=generator)
-    extent = torch.randint(1, size // 2, (count, 2), generator=generator)
-    return torch.cat((first, first + extent), dim=1).float()
+    first = torch.randint(0, size, (count, 2), generator=generator, device="cpu")
+    extent = torch.randint(1, size // 2, (count, 2), generator=generator, device="cpu")
+    return here(torch.cat((first, first + extent), dim=1).float())
+
+
+def here(x: Tensor) -> Tensor:
+    """On the device of the test; random numbers are drawn on the CPU, so that they are the same everywhere."""
+    return x.to(torch.empty(0).device)
 
 
 def random_truth(counts: list[int], seed: int, ignored: bool = True, padding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes, labels (about a third of them ignore regions) and offsets."""
     total = sum(counts) + padding
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(1, 5, (total,), generator=generator)
+    labels = torch.randint(1, 5, (total,), generator=generator, device="cpu")
     if ignored:
-        labels[torch.rand(total, generator=generator) < 0.3] = -1
-    return random_boxes(total, seed + 1), labels, torch.tensor([0, *counts]).cumsum(0)
+        labels[torch.rand(total, generator=generator, device="cpu") < 0.3] = -1
+    return random_boxes(total, seed + 1), here(labels), torch.tensor([0, *counts]).cumsum(0)
 
 
 def expected_match(

@@ -13,22 +13,29 @@ from rcnn.kernels.anchors import anchors, cell_anchors
 from rcnn.kernels.matching import match, match_anchors, match_proposals
 from rcnn.structures import AnchorSamples, Proposals, Samples, Targets
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 EPS = torch.finfo(torch.float32).eps
-SEED, STEP = 12345, torch.tensor(7)
+SEED, STEP = 12345, 7
+
+
+def here(x: Tensor) -> Tensor:
+    """On the device of the test; random numbers are drawn on the CPU, so that they are the same everywhere."""
+    return x.to(torch.empty(0).device)
 
 
 def make_targets(counts: list[int], seed: int = 0, ignored: bool = True) -> Targets:
     """Boxes in images of 64 x 96 pixels; about a quarter are ignore regions."""
     generator = torch.Generator().manual_seed(seed)
     total = sum(counts)
-    first = torch.randint(0, 48, (total, 2), generator=generator)
-    extent = torch.randint(4, 40, (total, 2), generator=generator)
-    labels = torch.randint(1, 5, (total,), generator=generator)
+    first = torch.randint(0, 48, (total, 2), generator=generator, device="cpu")
+    extent = torch.randint(4, 40, (total, 2), generator=generator, device="cpu")
+    labels = torch.randint(1, 5, (total,), generator=generator, device="cpu")
     if ignored:
-        labels[torch.rand(total, generator=generator) < 0.25] = -1
+        labels[torch.rand(total, generator=generator, device="cpu") < 0.25] = -1
     return Targets(
-        boxes=torch.cat((first, first + extent), dim=1).float(),
-        labels=labels,
+        boxes=here(torch.cat((first, first + extent), dim=1).float()),
+        labels=here(labels),
         offsets=torch.tensor([0, *counts]).cumsum(0),
         image_sizes=torch.tensor([[64.0, 96.0]] * len(counts)),
         image_ids=torch.arange(len(counts)) * 17 + 3,
@@ -54,9 +61,9 @@ def grid() -> Tensor:
 
 def make_proposals(images: int, capacity: int = 60, seed: int = 1) -> Proposals:
     generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(0, 48, (images, capacity, 2), generator=generator)
-    extent = torch.randint(4, 40, (images, capacity, 2), generator=generator)
-    boxes = torch.cat((first, first + extent), dim=2).float()
+    first = torch.randint(0, 48, (images, capacity, 2), generator=generator, device="cpu")
+    extent = torch.randint(4, 40, (images, capacity, 2), generator=generator, device="cpu")
+    boxes = here(torch.cat((first, first + extent), dim=2).float())
     count = torch.tensor([capacity - 9 * image for image in range(images)])
     boxes[torch.arange(capacity) >= count[:, None]] = 0
     return Proposals(boxes, torch.zeros(images, capacity), count)
@@ -97,7 +104,9 @@ def test_anchor_draw_equals_the_oracle(size: int, fraction: float) -> None:
         low_threshold=0.3,
         allow_low_quality_matches=True,
     )
-    samples = match_anchors(boxes, targets, seed=SEED, step=STEP, batch_size_per_image=size, positive_fraction=fraction)
+    samples = match_anchors(
+        boxes, targets, seed=SEED, step=torch.tensor(STEP), batch_size_per_image=size, positive_fraction=fraction
+    )
     assert samples.index.shape == samples.labels.shape == (3, size)
     assert samples.deltas.shape == (3, size, 4)
     for image, image_id in enumerate(targets.image_ids.tolist()):
@@ -108,7 +117,7 @@ def test_anchor_draw_equals_the_oracle(size: int, fraction: float) -> None:
 
 def test_anchor_deltas() -> None:
     targets, boxes = make_targets([5, 0, 9]), grid()
-    samples = match_anchors(boxes, targets, seed=SEED, step=STEP)
+    samples = match_anchors(boxes, targets, seed=SEED, step=torch.tensor(STEP))
     _, matched = match(
         boxes,
         targets.boxes,
@@ -137,21 +146,25 @@ def same(first: AnchorSamples | Samples, second: AnchorSamples | Samples) -> boo
 
 def test_anchor_draw_does_not_depend_on_the_place_in_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     targets, boxes = make_targets([5, 0, 9, 2]), grid()
-    together = match_anchors(boxes, targets, seed=SEED, step=STEP, batch_size_per_image=64)
+    together = match_anchors(boxes, targets, seed=SEED, step=torch.tensor(STEP), batch_size_per_image=64)
     for image in range(4):
-        alone = match_anchors(boxes, image_of(targets, image), seed=SEED, step=STEP, batch_size_per_image=64)
+        alone = match_anchors(
+            boxes, image_of(targets, image), seed=SEED, step=torch.tensor(STEP), batch_size_per_image=64
+        )
         assert same(alone, AnchorSamples(*(value[image : image + 1] for value in vars(together).values())))
     # Large images go one at a time.
     monkeypatch.setattr(matching, "_LABELS", 1)
-    assert same(together, match_anchors(boxes, targets, seed=SEED, step=STEP, batch_size_per_image=64))
+    assert same(together, match_anchors(boxes, targets, seed=SEED, step=torch.tensor(STEP), batch_size_per_image=64))
 
 
 def test_proposal_draw_does_not_depend_on_the_place_in_the_batch() -> None:
     targets, found = make_targets([5, 0, 9]), make_proposals(3)
-    together = match_proposals(found, targets, seed=SEED, step=STEP, batch_size_per_image=32)
+    together = match_proposals(found, targets, seed=SEED, step=torch.tensor(STEP), batch_size_per_image=32)
     for image in range(3):
         part = Proposals(*(value[image : image + 1] for value in vars(found).values()))
-        alone = match_proposals(part, image_of(targets, image), seed=SEED, step=STEP, batch_size_per_image=32)
+        alone = match_proposals(
+            part, image_of(targets, image), seed=SEED, step=torch.tensor(STEP), batch_size_per_image=32
+        )
         expected = {name: value[32 * image : 32 * (image + 1)].clone() for name, value in vars(together).items()}
         expected["rois"][:, 0] = 0
         assert same(alone, Samples(**expected))
@@ -159,11 +172,11 @@ def test_proposal_draw_does_not_depend_on_the_place_in_the_batch() -> None:
 
 def test_seed_step_and_image_change_the_draw() -> None:
     targets, boxes = make_targets([0, 0]), grid()
-    arguments: dict[str, Any] = {"seed": SEED, "step": STEP, "batch_size_per_image": 32}
+    arguments: dict[str, Any] = {"seed": SEED, "step": torch.tensor(STEP), "batch_size_per_image": 32}
     base = match_anchors(boxes, targets, **arguments)
     assert same(base, match_anchors(boxes, targets, **arguments))
     assert not torch.equal(base.index[0], base.index[1])
-    for change in ({"seed": SEED + 1}, {"step": STEP + 1}):
+    for change in ({"seed": SEED + 1}, {"step": torch.tensor(STEP + 1)}):
         assert not torch.equal(base.index, match_anchors(boxes, targets, **{**arguments, **change}).index)
 
 
@@ -187,7 +200,12 @@ def test_anchors_beyond_the_border_take_no_part() -> None:
         torch.tensor([[64.0, 96.0]]),
         torch.tensor([0]),
     )
-    arguments: dict[str, Any] = {"seed": 0, "step": STEP, "batch_size_per_image": 4, "positive_fraction": 1.0}
+    arguments: dict[str, Any] = {
+        "seed": 0,
+        "step": torch.tensor(STEP),
+        "batch_size_per_image": 4,
+        "positive_fraction": 1.0,
+    }
     for border, positive, negative in (
         (None, {0, 1}, {2, 3}),
         (0.0, {1}, {2}),
@@ -204,7 +222,7 @@ def test_anchors_beyond_the_border_take_no_part() -> None:
 def test_proposal_samples_equal_the_oracle(size: int) -> None:
     targets, found = make_targets([6, 0, 9]), make_proposals(3)
     weights = (10.0, 10.0, 5.0, 5.0)
-    samples = match_proposals(found, targets, seed=SEED, step=STEP, batch_size_per_image=size)
+    samples = match_proposals(found, targets, seed=SEED, step=torch.tensor(STEP), batch_size_per_image=size)
     offsets = targets.offsets.tolist()
     gt_boxes, gt_labels = targets.boxes.tolist(), targets.labels.tolist()
     for image, image_id in enumerate(targets.image_ids.tolist()):
@@ -236,7 +254,7 @@ def test_proposal_samples_equal_the_oracle(size: int) -> None:
 def test_ground_truth_joins_as_candidates() -> None:
     targets = make_targets([3], ignored=False)
     none = Proposals(torch.zeros(1, 5, 4), torch.zeros(1, 5), torch.tensor([0]))
-    samples = match_proposals(none, targets, seed=SEED, step=STEP, batch_size_per_image=16)
+    samples = match_proposals(none, targets, seed=SEED, step=torch.tensor(STEP), batch_size_per_image=16)
     drawn = samples.weights > 0
     assert sorted(samples.rois[drawn, 1:].tolist()) == sorted(targets.boxes.tolist())
     assert torch.equal(samples.rois[drawn, 1:], samples.matched_boxes[drawn])
@@ -248,9 +266,9 @@ def test_degenerate_ground_truth_gives_finite_samples() -> None:
     targets = Targets(
         boxes, torch.ones(4, dtype=torch.int64), torch.tensor([0, 4]), torch.tensor([[64.0, 96.0]]), torch.tensor([0])
     )
-    drawn = match_anchors(grid(), targets, seed=SEED, step=STEP)
+    drawn = match_anchors(grid(), targets, seed=SEED, step=torch.tensor(STEP))
     assert drawn.deltas.isfinite().all()
-    samples = match_proposals(make_proposals(1), targets, seed=SEED, step=STEP)
+    samples = match_proposals(make_proposals(1), targets, seed=SEED, step=torch.tensor(STEP))
     assert all(value.isfinite().all() for value in vars(samples).values())
     assert set(samples.matched_boxes[samples.labels == 1].unique(dim=0).flatten().tolist()) == {0.0, 20.0}
     assert int((samples.weights > 0).sum()) == 61  # 60 proposals and the one sound box
@@ -259,7 +277,7 @@ def test_degenerate_ground_truth_gives_finite_samples() -> None:
 def test_no_candidates() -> None:
     targets = make_targets([0, 0])
     none = Proposals(torch.ones(2, 4, 4), torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64))
-    samples = match_proposals(none, targets, seed=0, step=STEP, batch_size_per_image=3)
+    samples = match_proposals(none, targets, seed=0, step=torch.tensor(STEP), batch_size_per_image=3)
     assert samples.rois.tolist() == [[image, 0.0, 0.0, 0.0, 0.0] for image in (0, 0, 0, 1, 1, 1)]
     assert samples.labels.tolist() == [-1] * 6
 
@@ -267,7 +285,7 @@ def test_no_candidates() -> None:
 def test_samples_have_no_gradient() -> None:
     found = make_proposals(1)
     found = Proposals(found.boxes.requires_grad_(), found.scores, found.count)
-    samples = match_proposals(found, make_targets([3]), seed=0, step=STEP)
+    samples = match_proposals(found, make_targets([3]), seed=0, step=torch.tensor(STEP))
     assert not samples.rois.requires_grad
     assert not samples.deltas.requires_grad
 
@@ -282,7 +300,7 @@ def test_samples_have_no_gradient() -> None:
     ],
 )
 def test_anchor_errors(change: dict[str, Any], message: str) -> None:
-    arguments = {"anchors": grid(), "targets": make_targets([1]), "seed": 0, "step": STEP}
+    arguments = {"anchors": grid(), "targets": make_targets([1]), "seed": 0, "step": torch.tensor(STEP)}
     with pytest.raises(ValueError, match=message):
         match_anchors(**{**arguments, **change})
 
@@ -290,9 +308,9 @@ def test_anchor_errors(change: dict[str, Any], message: str) -> None:
 def test_proposal_errors() -> None:
     targets = make_targets([1, 2])
     with pytest.raises(ValueError, match=r"shape \(2, P, 4\) with P at least 1, got \(1, 60, 4\)"):
-        match_proposals(make_proposals(1), targets, seed=0, step=STEP)
+        match_proposals(make_proposals(1), targets, seed=0, step=torch.tensor(STEP))
     with pytest.raises(ValueError, match=r"box_weights must be 4 numbers, got \(1.0,\)"):
-        match_proposals(make_proposals(2), targets, seed=0, step=STEP, box_weights=(1.0,))
+        match_proposals(make_proposals(2), targets, seed=0, step=torch.tensor(STEP), box_weights=(1.0,))
     broken = dataclasses.replace(targets, image_ids=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"must have shapes \(2,\) and \(2, 2\), got \(3,\) and \(2, 2\)"):
-        match_anchors(grid(), broken, seed=0, step=STEP)
+        match_anchors(grid(), broken, seed=0, step=torch.tensor(STEP))

@@ -63,7 +63,8 @@ def anchors(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[
         ``(N, 4)`` float32, pixels, with ``N = A * sum(height * width)``, on the device of ``cells``.
 
     Raises:
-        ValueError: ``cells`` has another shape or type, or the number of shapes or strides is not ``L``.
+        ValueError: ``cells`` has another shape or type, the number of shapes or strides is not ``L``, or one of
+            them is out of range.
 
     Source:
         torchvision, ``AnchorGenerator.grid_anchors``; here the stride is given and not derived from the image's size.
@@ -75,6 +76,10 @@ def anchors(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[
             f"shapes and strides must have one entry for each of {len(cells)} levels, "
             f"got {len(shapes)} shapes and {len(strides)} strides"
         )
+    if any(height < 0 or width < 0 for height, width in shapes):
+        raise ValueError(f"shapes must be heights and widths not below 0, got {list(shapes)}")
+    if any(not stride > 0 for stride in strides):
+        raise ValueError(f"strides must be positive, got {tuple(strides)}")
     version = 0 if cells.is_inference() else cells._version
     key = (id(cells), version, tuple((int(h), int(w)) for h, w in shapes), tuple(int(s) for s in strides))
     found = _cache.get(key)

@@ -173,7 +173,7 @@ __device__ __forceinline__ void match_states(const MatchTile<N>& tile, const Mat
 }
 
 // boxes (count, 4), those of image b from b * stride on; sizes (B, 2) or null; reach (rows) starts as 0.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 8)
     match_reach(const float* __restrict__ boxes, int stride, int count, const float* __restrict__ sizes, float border,
                 const float* __restrict__ gt_boxes, const long long* __restrict__ gt_labels,
                 const long long* __restrict__ gt_offsets, int rows, int* reach) {
@@ -194,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 // As above; reach may be null; state (B, count); tally (B, 2) starts as 0, or is null.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 8)
     match_assign(const float* __restrict__ boxes, int stride, int count, const float* __restrict__ sizes, float border,
                  const float* __restrict__ gt_boxes, const long long* __restrict__ gt_labels,
                  const long long* __restrict__ gt_offsets, int rows, const int* __restrict__ reach, float high,

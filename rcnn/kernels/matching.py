@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rcnn import boxes as box
 from rcnn.kernels import _launch
+from rcnn.kernels.checks import same_device
 from rcnn.kernels.matching_cpu import match_cpu
 from rcnn.kernels.sampling import ANCHORS, PROPOSALS, image_keys, list_sizes, sample
 from rcnn.structures import AnchorSamples, Proposals, Samples, Targets
@@ -65,6 +66,8 @@ def match(
     _check_thresholds(high_threshold, low_threshold)
     if boxes.dim() not in (2, 3) or boxes.shape[-1] != 4 or (boxes.dim() == 3 and boxes.shape[0] != images):
         raise ValueError(f"boxes must have shape (N, 4) or ({images}, N, 4), got {tuple(boxes.shape)}")
+    _check_floating("boxes", boxes)
+    same_device({"boxes": boxes, "gt_boxes": gt_boxes, "gt_labels": gt_labels, "gt_offsets": gt_offsets})
     body = _match_cuda if _launch.uses_kernels(boxes) else match_cpu
     return body(
         boxes.detach(),
@@ -125,6 +128,10 @@ def match_anchors(
     _check_sampling(step, batch_size_per_image, positive_fraction)
     if anchors.dim() != 2 or anchors.shape[0] < 1 or anchors.shape[1] != 4:
         raise ValueError(f"anchors must have shape (N, 4) with N at least 1, got {tuple(anchors.shape)}")
+    _check_floating("anchors", anchors)
+    same_device({"anchors": anchors, "step": step} | _named(targets))
+    if allowed_border is not None and not math.isfinite(allowed_border):
+        raise ValueError(f"allowed_border must be a finite number or None, got {allowed_border}")
     body = _match_anchors_cuda if _launch.uses_kernels(anchors) else _match_anchors_cpu
     positives = int(batch_size_per_image * positive_fraction)
     thresholds = high_threshold, low_threshold
@@ -176,7 +183,11 @@ def match_proposals(
     shape = tuple(proposals.boxes.shape)
     if len(shape) != 3 or shape[0] != images or shape[1] < 1 or shape[2] != 4:
         raise ValueError(f"proposals.boxes must have shape ({images}, P, 4) with P at least 1, got {shape}")
-    if len(box_weights) != 4:
+    _check_floating("proposals.boxes", proposals.boxes)
+    same_device(
+        {"proposals.boxes": proposals.boxes, "proposals.count": proposals.count, "step": step} | _named(targets)
+    )
+    if len(box_weights) != 4 or not all(math.isfinite(weight) for weight in box_weights):
         raise ValueError(f"box_weights must be 4 numbers, got {tuple(box_weights)}")
     body = _match_proposals_cuda if _launch.uses_kernels(proposals.boxes) else _match_proposals_cpu
     positives = int(batch_size_per_image * positive_fraction)
@@ -191,7 +202,20 @@ def _check_ground_truth(gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor)
         raise ValueError(f"gt_labels must have shape ({gt_boxes.shape[0]},), got {tuple(gt_labels.shape)}")
     if gt_offsets.dim() != 1 or gt_offsets.shape[0] < 2:
         raise ValueError(f"gt_offsets must have shape (B + 1,) with B at least 1, got {tuple(gt_offsets.shape)}")
+    _check_floating("gt_boxes", gt_boxes)
+    for name, tensor in (("gt_labels", gt_labels), ("gt_offsets", gt_offsets)):
+        if tensor.dtype != torch.int64:
+            raise ValueError(f"{name} must be torch.int64, got {tensor.dtype}")
     return gt_offsets.shape[0] - 1
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must have a floating point dtype, got {x.dtype}")
+
+
+def _named(targets: Targets) -> dict[str, Tensor]:
+    return {f"targets.{name}": value for name, value in vars(targets).items()}
 
 
 def _check_targets(targets: Targets) -> int:
