@@ -74,7 +74,7 @@ class _Truth:
         # Coordinates apart, so that a column is contiguous. The area is finite only if all coordinates are.
         self.boxes = torch.where(box.area(padded).isfinite(), padded.t(), 0.0).t()
         rows = torch.arange(gt_boxes.shape[0], device=gt_boxes.device)
-        image = torch.searchsorted(gt_offsets, rows, right=True) - 1
+        image = torch.searchsorted(gt_offsets.contiguous(), rows, right=True) - 1
         self.image = torch.where(image < gt_offsets.shape[0] - 1, image, -1)
 
 
