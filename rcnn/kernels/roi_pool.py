@@ -105,8 +105,8 @@ class _RoIPool(torch.autograd.Function):
 def _forward_cpu(
     input: Tensor, rois: Tensor, size: tuple[int, int], spatial_scale: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Maxima ``(R, C, oh, ow)`` and, if a gradient is needed, where each lies among the values of the channels-last
-    map, ``(R * oh * ow, C)`` integers; one past the last value for none."""
+    """Maxima ``(R, C, oh, ow)`` and, if a gradient is needed, where each lies among the values of the map, integers in
+    the order of the output in memory, R rows; one past the last value for none."""
     batch, channels, height, width = input.shape
     if not bool(((rois[:, 0] >= 0) & (rois[:, 0] < batch)).all()):
         raise ValueError(f"boxes must name images 0..{batch - 1}, got {rois[:, 0].min()}..{rois[:, 0].max()}")
@@ -115,15 +115,19 @@ def _forward_cpu(
     top, tall = _axis(rois[:, 2], rois[:, 4], finite, spatial_scale, height, size[0])
     left, wide = _axis(rois[:, 1], rois[:, 3], finite, spatial_scale, width, size[1])
     image = rois[:, 0].long() * (height * width)
-    start = (image[:, None] + top * width)[:, :, None] + left[:, None, :]
+    corner = (top * width)[:, :, None] + left[:, None, :]
+    start = image[:, None, None] + corner
 
     table = as_table(input)
+    last = channels_last(input)
+    # Where the first cell of each bin lies among the values of the map, and how far the next cell and channel are.
+    strides = (channels, 1) if last else (1, height * width)
+    origin = start * channels if last else image[:, None, None] * channels + corner
     lowest = torch.finfo(input.dtype).min
     # Then every maximum is a number, and every bin with a cell has one that gives it.
     plain = table.numel() == 0 or bool(table.amin() > lowest)
     if not plain:
         table = table.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-    last = channels_last(input)
     bins = size[0] * size[1]
     # A channels-last output is these rows; a contiguous one is filled from a few of them at a time.
     output = table.new_empty((len(rois) * bins, channels) if last else (len(rois), channels, bins))
@@ -131,33 +135,47 @@ def _forward_cpu(
     if needs_grad:
         # More than 2 ** 31 values need int64, which takes twice as long.
         dtype = torch.int32 if table.numel() < 2**31 else torch.int64
-        cells = torch.empty((len(rois) * bins, channels), dtype=dtype, device=table.device)
+        cells = torch.empty_like(output, dtype=dtype)
     step = _regions(bins * channels)
     for first in range(0, len(rois), step):
         part = slice(first, min(first + step, len(rois)))
         here = slice(part.start * bins, part.stop * bins)
-        value, cell, back = _pool(table, width, start[part], tall[part], wide[part], None if cells is None else dtype)
+        value, cell, back = _pool(
+            table,
+            width,
+            start[part],
+            tall[part],
+            wide[part],
+            None if cells is None else (origin[part], *strides, dtype),
+        )
         if not plain:
             cell = None if cell is None else cell.masked_fill_(value <= lowest, table.numel())
             value.clamp_(min=lowest)
-        if last:
-            torch.index_select(value, 0, back, out=output[here])
-        else:
-            output[part] = value.index_select(0, back).view(-1, bins, channels).transpose(1, 2)
-        if cells is not None and cell is not None:
-            torch.index_select(cell, 0, back, out=cells[here])
+        for found, whole in ((value, output), (cell, cells)):
+            if found is None or whole is None:
+                continue
+            if last:
+                torch.index_select(found, 0, back, out=whole[here])
+            else:
+                whole[part] = found.index_select(0, back).view(-1, bins, channels).transpose(1, 2)
     if last:
         return as_map(output, (len(rois), channels, *size), input.dtype, last), cells
     return output.view(len(rois), channels, *size).to(input.dtype), cells
 
 
 def _pool(
-    table: Tensor, width: int, start: Tensor, tall: Tensor, wide: Tensor, dtype: torch.dtype | None
+    table: Tensor,
+    width: int,
+    start: Tensor,
+    tall: Tensor,
+    wide: Tensor,
+    places: tuple[Tensor, int, int, torch.dtype] | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Maxima of bins and, with a ``dtype``, where they lie in the table: both ``(bins, C)``, bins by size; and the row
-    of each bin.
+    """Maxima of bins and, with ``places``, where they lie in the map: both ``(bins, C)``, bins by size; and the row of
+    each bin.
 
     A bin has its first cell in row ``start (R, oh, ow)`` of the table and ``tall (R, oh)`` by ``wide (R, ow)`` cells.
+    ``places`` has where that cell lies in the map, ``(R, oh, ow)``, the strides of a cell and a channel, and a dtype.
     """
     channels = table.shape[1]
     rows, columns = (x.flatten() for x in torch.broadcast_tensors(tall[:, :, None], wide[:, None, :]))
@@ -165,8 +183,12 @@ def _pool(
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     start, rows, columns = start.flatten()[order], rows[order][:, None] - 1, columns[order][:, None] - 1
     output = table.new_empty((len(order), channels))
-    cells = None if dtype is None else torch.empty_like(output, dtype=dtype)
-    channel = torch.arange(channels, device=table.device, dtype=dtype)
+    cells = None
+    if places is not None:
+        origin, cell_stride, channel_stride, dtype = places
+        origin = origin.flatten()[order].to(dtype)
+        cells = torch.empty_like(output, dtype=dtype)
+        channel = torch.arange(0, channels * channel_stride, channel_stride, device=table.device, dtype=dtype)
     for high, across, part in _groups(key, channels):
         if high == 0:
             output[part] = 0
@@ -181,19 +203,22 @@ def _pool(
         value, place = F.max_pool2d(read, (high, across), return_indices=True)
         output[part] = value.view(-1, channels)
         if cells is not None:
-            step = (((row * width)[:, None] + column) * channels).flatten().to(dtype)
+            step = (((row * width)[:, None] + column) * cell_stride).flatten().to(dtype)
             found = step.index_select(0, place.flatten()).view(-1, channels)
-            torch.add(found.add_((start[part] * channels).to(dtype)[:, None]), channel, out=cells[part])
+            torch.add(found.add_(origin[part, None]), channel, out=cells[part])
     return output, cells, back
 
 
 def _backward_cpu(grad: Tensor, cells: Tensor, shape: Sequence[int], dtype: torch.dtype, last: bool) -> Tensor:
     dtype_of_sums = torch.float64 if dtype == torch.float64 else torch.float32
     table = torch.zeros(math.prod(shape) + 1, dtype=dtype_of_sums, device=grad.device)
-    step = _regions(math.prod(grad.shape[1:]))
-    for values, cell in zip(grad.split(step), cells.split(step * math.prod(grad.shape[2:])), strict=True):
-        table.index_add_(0, cell.view(-1), as_table(values).view(-1))
-    return as_map(table[:-1].view(-1, shape[1]), shape, dtype, last)
+    # The cells stand in the order of the output's values in memory.
+    values = math.prod(grad.shape[1:])
+    step = _regions(values)
+    for part, cell in zip(grad.split(step), cells.view(grad.shape[0], values).split(step), strict=True):
+        row = as_table(part) if last else part.to(dtype_of_sums).contiguous()
+        table.index_add_(0, cell.reshape(-1), row.view(-1))
+    return as_map(table[:-1].view(-1, shape[1]), shape, dtype, last) if last else table[:-1].view(shape).to(dtype)
 
 
 def _regions(values: int) -> int:
