@@ -59,6 +59,37 @@ def test_no_fused_multiply_add_in_area_iou_clip_and_anchors(arch: int) -> None:
             assert "fma" not in ptx(source, None, arch)
 
 
+#: Kernels that read, and of these those that write, 16 bytes at a time: boxes, and the channels of a map.
+WIDE_LOADS = {
+    *(
+        "nms_padded",
+        "nms_batched",
+        "match_reach",
+        "match_assign",
+        "decode_anchors",
+        "merge_levels",
+        "decode_candidates",
+    ),
+    *("roi_align_forward", "roi_align_backward", "roi_pool_forward"),
+}
+WIDE_STORES = {"decode_anchors", "merge_levels", "roi_align_forward", "roi_align_backward", "roi_pool_forward"}
+
+
+@pytest.mark.parametrize(("source", "dtype"), CASES)
+def test_sixteen_bytes_at_a_time(source: _launch.CudaSource, dtype: torch.dtype | None) -> None:
+    """A map whose level is chosen at run time is read by a generic address, hence no ``.global``."""
+    for arch in (archs()[0], archs()[-1]):
+        for kernel, body in entries(ptx(source, dtype, arch)).items():
+            if kernel in WIDE_LOADS:
+                assert re.search(r"\bld(\.global)?(\.nc)?\.v4\.[fbu]32", body), kernel
+            if kernel in WIDE_STORES:
+                assert re.search(r"\bst(\.global)?\.v4\.[fbu]32", body), kernel
+
+
+def test_the_wide_kernels_are_there() -> None:
+    assert {kernel for source in SOURCES for kernel in source.kernels()} >= WIDE_LOADS | WIDE_STORES
+
+
 def entries(text: str) -> dict[str, str]:
     """Body of each kernel in PTX."""
     parts = re.split(r"\.entry (\w+)\(", text)[1:]

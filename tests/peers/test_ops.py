@@ -1,4 +1,7 @@
-"""NMS, RoI Align and RoI pooling against torchvision's compiled ops, over random and adversarial cases."""
+"""NMS, RoI Align and RoI pooling against torchvision's compiled ops, over random and adversarial cases.
+
+The CPU bodies meet a few thousand cases each, the kernels, through the emulator, a tenth of them.
+"""
 
 import pytest
 import torch
@@ -8,9 +11,16 @@ torchvision = pytest.importorskip("torchvision")
 
 from torchvision.ops.boxes import _batched_nms_vanilla  # noqa: E402
 
-from rcnn.kernels import batched_nms, multiscale_roi_align, nms, roi_align, roi_pool  # noqa: E402
+from rcnn.kernels import _launch, batched_nms, multiscale_roi_align, nms, roi_align, roi_pool  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("device")
 
 EPS = torch.finfo(torch.float32).eps
+
+
+def share(cases: int) -> int:
+    """All cases on a CPU body, a tenth where each thread of a kernel is emulated."""
+    return cases // 10 if _launch.uses_kernels(torch.empty(0)) else cases
 
 
 def random_boxes(count: int, kind: int, generator: torch.Generator) -> Tensor:
@@ -30,7 +40,7 @@ def random_boxes(count: int, kind: int, generator: torch.Generator) -> Tensor:
 @pytest.mark.parametrize("kind", range(4))
 def test_nms(kind: int) -> None:
     generator = torch.Generator().manual_seed(kind)
-    for case in range(300):
+    for case in range(share(600)):
         count = int(torch.randint(0, 200, (1,), generator=generator))
         boxes = random_boxes(count, kind, generator)
         scores = torch.rand(count, generator=generator)
@@ -67,7 +77,7 @@ def random_case(kind: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("kind", range(4))
 def test_roi_align(kind: int) -> None:
     generator = torch.Generator().manual_seed(kind)
-    for case in range(60):
+    for case in range(share(150)):
         maps, rois = random_case(kind, generator)
         for ratio in (-1, 1, 2, 3):
             aligned = bool((case + ratio) % 2)
@@ -107,7 +117,7 @@ def test_pyramid() -> None:
 @pytest.mark.parametrize("kind", range(4))
 def test_roi_pool(kind: int) -> None:
     generator = torch.Generator().manual_seed(kind)
-    for case in range(150):
+    for case in range(share(600)):
         maps, rois = random_case(kind, generator)
         if case % 2:
             maps, rois = maps.round(), rois.round()
