@@ -77,6 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
             rows += run(op, case, device, peak, repeats, seconds)
         console.print(op_table(op, rows, device))
         result["rows"] += rows
+        if options.out is not None:
+            write_json(options.out, result)  # what is measured is kept, whatever comes after it
     if options.full:
         result["compile"] = compiling.rows(device)
         console.print(compile_table(result["compile"]))

@@ -21,7 +21,9 @@ ARCH = "sm_90"
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
     """One row for each source, storage type and state of the cache; none without CuPy and NVRTC."""
-    if _launch.cupy_problem() is not None:
+    try:
+        _launch.nvrtc_version()
+    except _launch.KernelError:
         return []
     result = []
     # Both name the user's cache folder, on POSIX and on Windows.
