@@ -104,6 +104,33 @@ def place() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> torch.device:
+    """Where the kernels run: on a GPU, or else in the emulator."""
+    if not torch.cuda.is_available():
+        request.getfixturevalue("emulator")
+    return place()
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_detection_waits_for_nothing_before_it_is_unpadded(name: str, kernels: torch.device) -> None:
+    model = model_of(name).to(kernels).eval()
+    images, targets = batch()
+    images, sizes = images.to(kernels), targets.image_sizes.to(kernels)
+    for number in range(2):
+        with no_waiting() if number or not images.is_cuda else _nothing():
+            found = model.detect(images, sizes)
+            whole = model.detect(images)
+    assert found.boxes.shape == whole.boxes.shape == (2, 100, 4)
+    assert all((one["boxes"][:, 2] <= width).all() for one, width in zip(found.unpad(), (96, 80), strict=True))
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
 def gradient(model: FasterRCNN) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Losses and gradients of the batch."""
     images, targets = batch()

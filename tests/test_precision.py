@@ -3,7 +3,9 @@
 import pytest
 import torch
 from test_no_sync import batch, model_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from rcnn.kernels import _launch
 from rcnn.precision import DTYPES, FIRST_SCALE, INTERVAL, LossScaler, computing
 
 CPU = torch.device("cpu")
@@ -50,6 +52,52 @@ def test_the_state_goes_into_a_checkpoint_and_back():
     first.update(torch.tensor(True))
     second.load(first.state())
     assert second.scale == first.scale == FIRST_SCALE / 2 and second.good == first.good == 1
+
+
+class _Casts(TorchDispatchMode):
+    """Numbers of elements that are cast from 16 bits to float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.name() == "aten::_to_copy" and args[0].dtype in DTYPES.values() and result.dtype == torch.float32:
+            self.sizes.append(args[0].shape)
+        return result
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("name", ["tiny", "vgg16"])
+@pytest.mark.parametrize("precision", list(DTYPES))
+def test_ops_take_16_bit_maps_and_head_outputs_as_they_are(name, precision, emulator, monkeypatch):
+    given = {}
+
+    def launch(source, kernel, grid, block, args, *, dtype=None, shared=0):
+        given.setdefault(source.name, set()).add(dtype)
+        return run(source, kernel, grid, block, args, dtype=dtype, shared=shared)
+
+    run = _launch.launch
+    monkeypatch.setattr(_launch, "launch", launch)
+    model = model_of(name)
+    images, targets = batch()
+    with computing(precision, CPU):
+        features = model._features(images)
+        assert {feature.dtype for feature in features} == {DTYPES[precision]}
+        with _Casts() as casts:
+            losses, _ = model._losses(features, targets)
+        found = model.eval().detect(images)
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    assert found.boxes.dtype == torch.float32
+    op = "roi_pool" if name == "vgg16" else "roi_align"
+    assert {key: given[key] for key in ("proposals", op, "detections")} == dict.fromkeys(
+        ("proposals", op, "detections"), {DTYPES[precision]}
+    )
+    # What becomes float32 is what the losses gather: samples, neither maps nor all anchors nor pooled regions.
+    samples = model.config.rpn.batch_size_per_image, model.config.roi.batch_size_per_image
+    most = max(2 * samples[0] * 4, 2 * samples[1] * 3 * 4)
+    assert casts.sizes and all(shape.numel() <= most for shape in casts.sizes), casts.sizes
 
 
 @pytest.mark.parametrize("name", ["tiny", "vgg16"])
