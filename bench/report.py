@@ -27,6 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         parser.exit(1, f"python -m bench.report: {options.file} is no output of python -m bench: {error}\n")
     page = options.out or options.file.with_suffix(".md")
+    if not page.parent.is_dir():
+        parser.exit(1, f"python -m bench.report writes {page}, but its folder does not exist\n")
     plots = {op: page.with_name(f"{page.stem}-{op}.png") for op, rows in groups.items() if speedups(rows)}
     for op, path in plots.items():
         draw(op, speedups(groups[op]), path)
@@ -47,6 +49,8 @@ def markdown(result: dict[str, Any], groups: dict[str, list[Row]], plots: dict[s
     factor, unit = (1e6, "us") if on_gpu else (1e3, "ms")
     facts = ", ".join(f"{key} {value}" for key, value in machine.items() if key != "bandwidth" and value is not None)
     lines = [
+        f"# Benchmarks: {machine.get('gpu') or machine['cpu']}",
+        "",
         f"Measured on: {facts}. A copy moves {machine['bandwidth'] / 1e9:.1f} GB/s, read and written.",
         "",
         "Medians; every rival of a case in turn, in one run, after its result had been proved right. *Of copy* is the"
