@@ -99,7 +99,7 @@ def test_replays_take_the_steps_that_would_be_taken(name, accumulate, recording)
     told = []
 
     def wrap(step, optimizer):
-        return GraphedStep(recording.step(step, 9), optimizer, CPU, told.append)
+        return GraphedStep(recording.step(step, expected.shape[1]), optimizer, CPU, told.append)
 
     found, graphed = trained(name, steps, wrap, accumulate)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)

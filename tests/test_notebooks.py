@@ -33,9 +33,9 @@ def test_notebook(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     where = NOTEBOOKS if name == "kernels" else tmp_path  # that one looks for the clone round it
     resources = {"metadata": {"path": str(where)}}
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
-    printed = "".join(
-        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output
-    )
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    # Tables of rich come as data that is shown, the rest as text that is printed.
+    printed = "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
     assert LAST[name] in printed
 
 

@@ -65,7 +65,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale():
     step = Step(model, make_optimizer(model, optim(name="sgd", momentum=0.0, weight_decay=0.0), 0.5), scaler=scaler)
     scaler.scale.fill_(torch.finfo(torch.float32).max)
     losses, _, norm = step([Fake(2.0, 3.0)]).read()
-    assert losses == {"loss_a": 8.0, "loss_b": 3.0} and norm == torch.inf
+    assert losses == {"loss_a": 8.0, "loss_b": 3.0, "a target box": 0.0} and norm == torch.inf
     assert model.weight.tolist() == [1.0, 2.0] and scaler.scale == torch.finfo(torch.float32).max / 2
     scaler.scale.fill_(2.0**16)
     _, _, norm = step([Fake(2.0, 3.0)]).read()
