@@ -2,7 +2,8 @@
 
 ``address`` builds the kernels with the address and undefined behaviour sanitizers; torch's tensors lie in memory that
 the preloaded library guards, so an access beyond a tensor is an error. ``races`` looks for data races by the rules of
-CUDA's barriers.
+CUDA's barriers, in any order of threads, and is slow: without arguments, it leaves out the large cases and those that
+are there for the order.
 """
 
 import os
@@ -10,13 +11,26 @@ import sys
 
 from tests.cuda_on_cpu import checked_environment
 
+#: The tests of single ops; whole detectors take too long under a checker.
+TESTS = (
+    *("cuda_on_cpu", "device_functions", "bad_input", "anchors", "matching", "matching_kernels", "sampling", "nms"),
+    *("sorting", "proposals", "detections", "roi_align", "roi_pool", "roi_kernels"),
+)
+#: What the race checker leaves out: files, and words in the names of tests.
+SLOW = ("cuda_on_cpu", "device_functions", "bad_input", "roi_kernels")
+LONG = ("order", "large", "thousand", "size", "threshold", "2000", "2048", "chunk", "12000", "oracle", "wait")
+
 
 def main() -> None:
     """Set the environment and become pytest."""
     if len(sys.argv) < 2 or sys.argv[1] not in ("address", "races"):
         sys.exit(__doc__)
-    arguments = sys.argv[2:] or ["tests"]
-    command = [sys.executable, "-m", "pytest", "-m", "emulated", "-p", "no:cacheprovider", *arguments]
+    races = sys.argv[1] == "races"
+    arguments = sys.argv[2:]
+    if not arguments:
+        arguments = [f"tests/test_{name}.py" for name in TESTS if not (races and name in SLOW)]
+        arguments += ["-k", f"not ({' or '.join(LONG)})"] if races else []
+    command = [sys.executable, "-m", "pytest", "-m", "emulated", "-q", "-p", "no:cacheprovider", *arguments]
     os.execve(sys.executable, command, checked_environment(sys.argv[1]))
 
 
