@@ -221,7 +221,18 @@ def test_plots_of_a_run(tmp_path: Path) -> None:
             assert picture.format == "PNG"
             assert picture.size == (840, 540)
             assert np.asarray(picture.convert("L")).std() > 5
-    assert "matplotlib.pyplot" not in sys.modules
+
+
+@needs_matplotlib
+def test_plots_leave_pyplot_alone(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from rcnn import viz
+assert viz.plot_curves([{"epoch": 1, "AP": 0.5}], {}, Path(sys.argv[1]))
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=Path(__file__).parents[1], check=True)
 
 
 @needs_matplotlib
