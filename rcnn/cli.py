@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from rcnn import __version__, env, evaluate, predict, train
+from rcnn import __version__, env, evaluate, predict, summary, train
 
-_COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "env": env}
+_COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "summary": summary, "env": env}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,7 +16,7 @@ SERVER = """
 import contextlib, json, os, sys, traceback
 from pathlib import Path
 
-import matplotlib.pyplot, pycocotools.cocoeval, tensorboardX, torch  # so that no job pays for them
+import matplotlib.pyplot, pycocotools.cocoeval, tensorboardX, torch, torch._dynamo  # so that no job pays for them
 from rcnn import cli, distributed, engine, run_folder, train, training
 
 def job(order):
