@@ -1,0 +1,102 @@
+"""``python -m bench.soak``: its line by hand, what it sees of a process and its children, and a short run of it."""
+
+import json
+import mmap
+import os
+import random
+import threading
+
+import pytest
+
+from bench import soak
+from bench.soak import Sample, amiss, sample, slope
+
+
+def samples(memory, files=lambda step: 64, threads=lambda step: 9):
+    return [Sample(step, memory(step), files(step), threads(step), 3) for step in range(510, 2001, 10)]
+
+
+def test_the_line_goes_through_the_lows():
+    assert slope(samples(lambda step: 500 + step * 0.002), 100) == pytest.approx(2.0)
+    assert slope(samples(lambda step: 500 - step * 0.001), 100) == pytest.approx(-1.0)
+    chance = random.Random(0)
+    # Between the lows anything may come and go.
+    noisy = samples(lambda step: 500 + step * 0.002 + (0 if step % 100 == 40 else chance.uniform(1, 60)))
+    assert slope(noisy, 100) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(("rise", "told"), [(0.99, False), (1.01, True)])
+def test_memory_may_rise_by_less_than_the_limit(rise, told):
+    found = amiss(samples(lambda step: 500 + step * rise / 1000), 100)
+    assert found == ([f"memory rises by {rise:.2f} MB in 1,000 steps; the limit is 1"] if told else [])
+
+
+def test_handles_and_threads_may_come_and_go_but_not_grow():
+    def flat(step):
+        return 500.0
+
+    assert amiss(samples(flat, files=lambda step: 64 + step % 20, threads=lambda step: 9 + step % 20), 100) == []
+    assert amiss(samples(flat, files=lambda step: 64 + step // 500), 100) == ["files grow from 66 to 68"]
+    assert amiss(samples(flat, threads=lambda step: 9 + (step == 2000)), 100) == ["threads grow from 9 to 10"]
+
+
+def test_a_look_sees_memory_handles_threads_and_children():
+    size = 64 << 20
+    reader, writer = os.pipe()
+    before = sample(0)
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block, open(os.devnull) as _:
+        for start in range(0, size, mmap.PAGESIZE):
+            block[start] = 1
+        end = threading.Event()
+        thread = threading.Thread(target=end.wait)
+        thread.start()
+        child = os.fork()
+        if not child:
+            os.read(reader, 1)
+            os._exit(0)
+        during = sample(1)
+        os.write(writer, b"x")
+        os.waitpid(child, 0)
+        end.set()
+        thread.join()
+    after = sample(2)
+    os.close(reader)
+    os.close(writer)
+    # The child has the block as well, and every page of it counts once, not twice; then it is gone.
+    assert size / 1e6 <= during.memory - before.memory < 1.5 * size / 1e6
+    assert after.memory - before.memory < 0.5 * size / 1e6
+    assert (during.processes, after.processes) == (before.processes + 1, before.processes)
+    assert during.threads == before.threads + 2, "the thread, and that of the child"
+    assert during.files == (before.files + 1) + before.files, "one more here; of the child all but that of the look"
+    assert (after.files, after.threads) == (before.files, before.threads)
+
+
+def test_a_short_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(soak, "IMAGES", 7)  # 5 of them train: 3 steps an epoch
+    out = tmp_path / "soak.json"
+    words = ["--steps", "5", "--every", "1", "--warmup", "2", "--window", "1", "--workers", "1", "--out", str(out)]
+    code = 0
+    try:
+        soak.main(words)
+    except SystemExit as end:
+        code = end.code
+    result = json.loads(out.read_text())
+    assert [one["step"] for one in result["samples"]] == [1, 2, 3, 4, 5, 6]
+    assert {one["processes"] for one in result["samples"]} == {2}, "the process and the one that loads"
+    assert all(one["memory"] > 50 and one["files"] > 3 and one["threads"] > 1 for one in result["samples"])
+    judged = [Sample(**one) for one in result["samples"][2:]]
+    assert result["slope"] == slope(judged, 1) and result["amiss"] == amiss(judged, 1)
+    assert code == bool(result["amiss"])
+    shown = capsys.readouterr().out
+    assert "6 steps in " in shown and f"written: {out}" in shown
+
+
+def test_bad_options(tmp_path, capsys):
+    for words, code, told in (
+        (["--steps", "600"], 2, "must leave two windows after the warm-up, got 600"),
+        (["--every", "101"], 2, "--every must be between 1 and --window (100), got 101"),
+        (["--out", str(tmp_path / "no" / "x.json")], 1, "but its folder does not exist"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            soak.main(words)
+        assert end.value.code == code and told in capsys.readouterr().err
