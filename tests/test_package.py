@@ -69,7 +69,8 @@ def test_public_names_exist(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["rcnn.cli", "rcnn.train", "rcnn.evaluate", "rcnn.predict", "rcnn.env", "rcnn.data.flowers"]
+    "command",
+    ["rcnn.cli", "rcnn.train", "rcnn.evaluate", "rcnn.predict", "rcnn.summary", "rcnn.env", "rcnn.data.flowers"],
 )
 def test_commands_tell_their_options(command: str) -> None:
     result = run_python("-m", command, "--help")
