@@ -1,8 +1,9 @@
 """``python -m bench``: what is first proved right is then timed against peers in the same run.
 
 Without a GPU the CPU bodies run. Compared with torchvision where it is installed, and with the op as one writes it in
-plain torch. A table is printed as the run goes on; ``--out`` keeps everything as JSON, which ``python -m bench.report``
-turns into a page and plots.
+plain torch. ``--step`` takes whole training steps and detections instead, and says where their time goes. A table is
+printed as the run goes on; ``--out`` keeps everything as JSON, which ``python -m bench.report`` turns into a page and
+plots.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import compiling, model
+from bench import compiling, model, step
 from bench.cases import PEERS, OpSet, run
+from bench.report import data_line, step_cells, step_columns
 from bench.timing import bandwidth, machine
 from rcnn.files import write_json
 
@@ -37,6 +40,14 @@ def main(arguments: list[str] | None = None) -> None:
         "--against", nargs="*", choices=PEERS, metavar="PEER", help=f"of {', '.join(PEERS)} (default: all)"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    parser.add_argument(
+        "--step", nargs="*", choices=step.MODELS, metavar="MODEL",
+        help=f"training steps and detections by stage, of {', '.join(step.MODELS)} (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch", nargs="+", type=int, default=step.BATCHES, metavar="N", help="images per batch of --step"
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="VOC or COCO folder for the loader of --step")
     parser.add_argument("--full", action="store_true", help="the tests of the ops first, then everything there is")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
     parser.add_argument(
@@ -46,9 +57,12 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     installed = {peer for peer in PEERS if find_spec(peer)}
     peers = installed if options.against is None else set(options.against)
-    wanted = options.op or (OPS if not options.full or device.type == "cuda" else (*OPS, "model"))
+    everything = () if options.step is not None and not options.full else OPS
+    wanted = options.op or (everything if not options.full or device.type == "cuda" else (*OPS, "model"))
     if options.repeats is not None and options.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {options.repeats}")
+    if min(options.batch) < 1:
+        parser.error(f"--batch must be at least 1, got {min(options.batch)}")
     if device.type == "cuda" and "model" in wanted:
         parser.error("--op model compares detectors on the CPU: give --device cpu")
     if missing := (peers | ({"torchvision"} if "model" in wanted else set())) - installed:
@@ -58,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.out is not None and not options.out.parent.is_dir():
         parser.exit(1, f"python -m bench writes {options.out}, but its folder does not exist\n")
 
-    console = Console() if Console().is_terminal else Console(width=150)
+    console = Console() if Console().is_terminal else Console(width=200)
     result: dict[str, Any] = {"machine": {**machine(device), "device": device.type}, "rows": []}
     if options.full:
         result["tests"] = op_tests(device)
@@ -79,6 +93,18 @@ def main(arguments: list[str] | None = None) -> None:
         result["rows"] += rows
         if options.out is not None:
             write_json(options.out, result)  # what is measured is kept, whatever comes after it
+    if options.step is not None:
+        models, compared = options.step or step.MODELS, "torchvision" in peers
+        result["step"] = {"gate": {}, "rows": [], "loader": []}
+        for part in step.run(models, options.batch, options.data, device, compared, repeats):
+            for table in step_tables(part["rows"]):
+                console.print(table)
+            console.print(*map(data_line, part["loader"]), soft_wrap=True)
+            result["step"]["gate"] |= part["gate"]
+            result["step"]["rows"] += part["rows"]
+            result["step"]["loader"] += part["loader"]
+            if options.out is not None:
+                write_json(options.out, result)
     if options.full:
         result["compile"] = compiling.rows(device)
         console.print(compile_table(result["compile"]))
@@ -131,6 +157,20 @@ def model_table(rows: list[dict[str, Any]]) -> Table:
         speed = f"{row['images_per_second']:.1f}", f"{row['speedup']:.2f}"
         table.add_row(row["task"], row["with"], median, f"{p20}..{p80}", best, processor, *speed)
     return table
+
+
+def step_tables(rows: list[dict[str, Any]]) -> list[Table]:
+    """The rows of ``bench/step.py``, a table for each task."""
+    tables = []
+    for task, group in groupby(rows, key=lambda row: row["task"]):
+        found = list(group)
+        columns = step_columns(found)
+        height, width = found[0]["size"]
+        table = Table(*columns, title=f"{found[0]['model']}, {task}, {height} x {width} pixels, ms")
+        for row in found:
+            table.add_row(*step_cells(row, columns))
+        tables.append(table)
+    return tables
 
 
 def compile_table(rows: list[dict[str, Any]]) -> Table:

@@ -22,6 +22,7 @@ from rcnn.structures import Targets
 
 BATCH, HEIGHT, WIDTH = 8, 256, 320  # what the default training run sees: 240 x 320 pixels padded to a multiple of 32
 CLASSES = ("rectangle", "ellipse")
+PROPOSALS = 100  # of each level of an image where every proposal is in the loss
 WARM_STEPS = 20  # of training before anything is compared: fresh weights would time a network that finds nothing
 
 
@@ -52,8 +53,8 @@ def scenes(seed: int = 0) -> tuple[Tensor, Targets]:
     return torch.from_numpy(images.astype(np.uint8)).permute(0, 3, 1, 2).contiguous(), targets
 
 
-def _peer(model: rcnn.FasterRCNN) -> nn.Module:
-    """The same detector from torchvision's parts, with the same weights."""
+def peer_of(model: rcnn.FasterRCNN) -> nn.Module:
+    """The same detector from torchvision's parts, with the same weights and on the same device."""
     from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
     from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -98,7 +99,7 @@ def _peer(model: rcnn.FasterRCNN) -> nn.Module:
             self.roi_heads = RoIHeads(
                 MultiScaleRoIAlign(["0", "1", "2"], 7, 2),
                 TwoMLPHead(64 * 49, 128),
-                FastRCNNPredictor(128, len(CLASSES) + 1),
+                FastRCNNPredictor(128, len(model.classes) + 1),
                 roi.high_threshold,
                 roi.low_threshold,
                 roi.batch_size_per_image,
@@ -125,9 +126,14 @@ def _peer(model: rcnn.FasterRCNN) -> nn.Module:
             detections, roi_losses = self.roi_heads(features, proposals, sizes, truth)
             return {**rpn_losses, **roi_losses} if self.training else detections
 
+        @torch.no_grad()
+        def detect(self, images: Tensor, targets: Targets) -> Any:
+            """Detections of the batch."""
+            return self(images, targets)
+
     peer = Peer()
     peer.load_state_dict(model.state_dict())
-    return peer
+    return peer.to(model.mean.device)
 
 
 def _step(model: nn.Module, images: Tensor, targets: Targets) -> dict[str, Tensor]:
@@ -149,19 +155,43 @@ def _trained(images: Tensor, targets: Targets) -> rcnn.FasterRCNN:
     return model
 
 
-def _anchors(model: rcnn.FasterRCNN) -> int:
+def anchors_of(model: rcnn.FasterRCNN, height: int, width: int) -> int:
     """Anchors of one image."""
-    return sum(-(-HEIGHT // s) * -(-WIDTH // s) * 3 for s in model.backbone.strides)
+    return sum(-(-height // s) * -(-width // s) for s in model.backbone.strides) * model.rpn.cells.shape[1]
 
 
-def _everything(model: rcnn.FasterRCNN, targets: Targets) -> rcnn.FasterRCNN:
-    """The same detector with room for every anchor and every proposal in its losses."""
-    candidates = model.config.rpn.post_nms_top_n_train + len(targets.boxes)
-    rpn = replace(model.config.rpn, batch_size_per_image=2 * _anchors(model))
-    roi = replace(model.config.roi, batch_size_per_image=2 * candidates, positive_fraction=0.5)
-    whole = rcnn.FasterRCNN(replace(model.config, rpn=rpn, roi=roi), CLASSES)
+def everything(model: rcnn.FasterRCNN, targets: Targets, anchors: int) -> rcnn.FasterRCNN:
+    """The same detector with room for every anchor and every proposal in its losses, and no dropout.
+
+    NMS drops nothing and nothing is cut off after it: torchvision ranks by probabilities, which tie
+    where logits do not, and so goes through boxes in another order.
+    """
+    kept = PROPOSALS * len(model.backbone.strides)
+    candidates = kept + len(targets.boxes)
+    rpn = replace(
+        model.config.rpn,
+        pre_nms_top_n_train=PROPOSALS,
+        post_nms_top_n_train=kept,
+        nms_threshold=1.0,
+        batch_size_per_image=2 * anchors,
+        allowed_border=-1.0,
+    )
+    roi = replace(model.config.roi, batch_size_per_image=2 * candidates, positive_fraction=0.5, dropout=0.0)
+    whole = rcnn.FasterRCNN(replace(model.config, rpn=rpn, roi=roi), model.classes)
     whole.load_state_dict(model.state_dict())
-    return whole
+    return whole.to(model.mean.device)
+
+
+def differences(whole: rcnn.FasterRCNN, peer: nn.Module, images: Tensor, targets: Targets) -> dict[str, float]:
+    """Relative differences of the four losses and of the gradient of two detectors with parameters in one order."""
+    ours, theirs = _step(whole.train(), images, targets), _step(peer.train(), images, targets)
+    report = {name: abs(float(ours[name].detach() / theirs[name].detach()) - 1) for name in ours}
+    pairs = list(zip(whole.parameters(), peer.parameters(), strict=True))
+    found, expected = (
+        torch.cat([pair[i].grad.flatten() for pair in pairs if pair[i].grad is not None]) for i in (0, 1)
+    )
+    report["gradient"] = float((found - expected).norm() / expected.norm())
+    return report
 
 
 def gate(model: rcnn.FasterRCNN, images: Tensor, targets: Targets) -> dict[str, float]:
@@ -176,15 +206,10 @@ def gate(model: rcnn.FasterRCNN, images: Tensor, targets: Targets) -> dict[str, 
     Raises:
         AssertionError: they differ by more.
     """
-    whole = _everything(model, targets)
-    peer = _peer(whole).to(memory_format=torch.channels_last)
-    tolerance = BATCH * _anchors(model) * torch.finfo(torch.float32).eps
-    ours, theirs = _step(whole.train(), images, targets), _step(peer.train(), images, targets)
-    report = {name: abs(float(ours[name].detach() / theirs[name].detach()) - 1) for name in ours}
-    expected = torch.cat([parameter.grad.flatten() for parameter in peer.parameters()])
-    gradients = {name: parameter.grad for name, parameter in whole.named_parameters()}
-    found = torch.cat([gradients[name].flatten() for name, _ in peer.named_parameters()])
-    report["gradient"] = float((found - expected).norm() / expected.norm())
+    whole = everything(model, targets, anchors_of(model, HEIGHT, WIDTH))
+    peer = peer_of(whole).to(memory_format=torch.channels_last)
+    tolerance = BATCH * anchors_of(model, HEIGHT, WIDTH) * torch.finfo(torch.float32).eps
+    report = differences(whole, peer, images, targets)
     for name, difference in report.items():
         assert difference <= tolerance, f"{name} differs by {difference:.2g}, more than {tolerance:.2g}"
 
@@ -222,7 +247,7 @@ def run(repeats: int) -> dict[str, Any]:
     images, targets = scenes()
     model = _trained(images, targets)
     report = gate(model, images, targets)
-    nchw, last = _peer(model), _peer(model).to(memory_format=torch.channels_last)
+    nchw, last = peer_of(model), peer_of(model).to(memory_format=torch.channels_last)
     one = Targets(
         boxes=targets.boxes, labels=targets.labels, offsets=targets.offsets[:2],
         image_sizes=targets.image_sizes[:1], image_ids=targets.image_ids[:1],

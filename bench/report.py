@@ -78,6 +78,8 @@ def markdown(result: dict[str, Any], groups: dict[str, list[Row]], plots: dict[s
                 "" if row["speedup"] is None else f"{row['speedup']:.2f}",
             )
             lines.append(f"| {' | '.join(cells)} |")
+    if "step" in result:
+        lines += step_lines(result["step"], on_gpu)
     if "compile" in result:
         lines += ["", "## Compiling", "", "| source | type | for | state | ms |", "| --- | --- | --- | --- | ---: |"]
         lines += [
@@ -85,6 +87,73 @@ def markdown(result: dict[str, Any], groups: dict[str, list[Row]], plots: dict[s
             for r in result["compile"]
         ]
     return "\n".join(lines) + "\n"
+
+
+def step_lines(found: dict[str, Any], on_gpu: bool) -> list[str]:
+    """The section of ``python -m bench --step``."""
+    rest = (
+        "gaps between kernels included; *idle* is the part of the step in which the GPU does nothing"
+        if on_gpu
+        else ("*rest* is what belongs to none")
+    )
+    lines = [
+        "",
+        "## Training steps and detections",
+        "",
+        "A training step is forward, backward, clipping and the fused optimiser; a detection ends with results without"
+        " padding; *predict* goes from files to boxes. Both detectors have the same weights, images and steps, after"
+        " their losses had been equal. *Peak* is the most memory held at a time beyond images, weights and the"
+        f" optimiser's state. Stages are medians, {rest}. Speed-up is against torchvision as it comes.",
+    ]
+    if not on_gpu:
+        lines.append("\nThe images are small here, for the sake of a CPU: they say nothing about a GPU.")
+    for (model, task), group in groupby(found["rows"], key=lambda row: (row["model"], row["task"])):
+        rows = list(group)
+        columns = step_columns(rows)
+        height, width = rows[0]["size"]
+        lines += ["", f"### {model}, {task}, {height} x {width} pixels, ms", "", f"| {' | '.join(columns)} |"]
+        lines.append(f"| --- | --- | --- |{' ---: |' * (len(columns) - 3)}")
+        lines += [f"| {' | '.join(step_cells(row, columns))} |" for row in rows]
+    lines += ["", "### Data", "", *(f"- {data_line(row)}" for row in found["loader"])]
+    for model, gate in found["gate"].items():
+        named = ", ".join(f"{name} {value:.1e}" for name, value in gate.items())
+        lines += ["", f"{model} and torchvision's, with every anchor and proposal in the loss, differed by: {named}."]
+    return lines
+
+
+def step_columns(rows: list[Row]) -> list[str]:
+    """Columns of a table of steps: those that some row fills."""
+    columns = ["batch", "precision", "with", "img/s", "total", "p20 to p80"]
+    columns += dict.fromkeys(stage for row in rows for stage in row.get("stages", {}))
+    optional = {"idle": "idle", "peak_memory": "peak, MB", "speedup": "speed-up"}
+    return columns + [name for key, name in optional.items() if any(row.get(key) is not None for row in rows)]
+
+
+def step_cells(row: Row, columns: list[str]) -> list[str]:
+    """What a row has for each column."""
+    idle, memory, speed = (row.get(key) for key in ("idle", "peak_memory", "speedup"))
+    cells = {
+        "batch": str(row["batch"]),
+        "precision": row["precision"],
+        "with": row["with"],
+        "img/s": f"{row['images_per_second']:.4g}",
+        "total": f"{row['median'] * 1e3:.4g}",
+        "p20 to p80": f"{row['p20'] * 1e3:.4g} to {row['p80'] * 1e3:.4g}",
+        **{stage: f"{seconds * 1e3:.3g}" for stage, seconds in row.get("stages", {}).items()},
+        "idle": "" if idle is None else f"{idle:.0%}",
+        "peak, MB": "" if memory is None else f"{memory / 1e6:.4g}",
+        "speed-up": "" if speed is None else f"{speed:.2f}",
+    }
+    return [cells.get(column, "") for column in columns]
+
+
+def data_line(row: Row) -> str:
+    """The loader's figures as a sentence."""
+    return (
+        f"{row['model']}, {row['precision']}: the loader alone gives {row['loader_images_per_second']:.4g} img/s with"
+        f" {row['workers']} workers in batches of {row['batch']}; training with it {row['images_per_second']:.4g}"
+        f" img/s, and {row['data']:.0%} of the time goes by for want of data"
+    )
 
 
 def case_of(row: Row) -> str:
