@@ -1,15 +1,13 @@
 """``python -m rcnn.predict``: boxes on your pictures, as pictures and as JSON."""
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rcnn import console, detector, engine, viz
 from rcnn.files import write_json
-from rcnn.images import SUFFIXES, ImageError, read_image
+from rcnn.images import SUFFIXES, ImageError
 
 PROG = "rcnn predict"
 
@@ -25,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--score_threshold", type=float, default=0.5, help="detections with a lower score are left out")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures per pass")
+    parser.add_argument(
+        "--half", type=bool, default=False, help="compute in 16 bits: float16 on a GPU, bfloat16 on a CPU"
+    )
     parser.add_argument("--strict", type=bool, default=False, help="stop at the first picture that cannot be read")
     options = parser.read(argv)
     console.run(PROG, lambda: _predict(options))
@@ -52,22 +53,6 @@ def find(inputs: Sequence[str]) -> list[Path]:
     return list(files)
 
 
-def _batches(files: list[Path], size: int, strict: bool, skipped: list[str]) -> Iterator[list[tuple[Path, np.ndarray]]]:
-    waiting: list[tuple[Path, np.ndarray]] = []
-    for path in files:
-        try:
-            waiting.append((path, read_image(path)))
-        except ImageError as error:
-            if strict or len(files) == 1:
-                raise
-            skipped.append(str(error))
-        if len(waiting) == size:
-            yield waiting
-            waiting = []
-    if waiting:
-        yield waiting
-
-
 def _predict(options: Any) -> None:
     if options.batch_size < 1:
         raise ValueError(f"batch_size must be greater than 0, got {options.batch_size}")
@@ -80,26 +65,31 @@ def _predict(options: Any) -> None:
     content: list[dict[str, Any]] = []
     skipped: list[str] = []
     taken: set[str] = set()
-    for batch in _batches(files, options.batch_size, options.strict, skipped):
-        results = model.predict([array for _, array in batch], options.score_threshold, options.batch_size)
-        for (path, array), result in zip(batch, results, strict=True):
-            name = path.stem
-            while name in taken:  # two folders may hold files of the same name
-                name += "_"
-            taken.add(name)
-            boxes, scores, names = result["boxes"].tolist(), result["scores"].tolist(), result["names"]
-            viz.save(viz.draw_boxes(array, boxes, names, scores, model.classes), out / f"{name}.jpg")
-            rows = zip(names, result["labels"].tolist(), scores, boxes, strict=True)
-            content.append(
-                {
-                    "file": str(path),
-                    "picture": f"{name}.jpg",
-                    "width": array.shape[1],
-                    "height": array.shape[0],
-                    "detections": [{"name": n, "label": k, "score": s, "box": box} for n, k, s, box in rows],
-                }
-            )
-            print(f"{path}: {len(result['names'])} objects")
+    found = model.predict_each(files, options.score_threshold, options.batch_size, options.half)
+    for path, one in zip(files, found, strict=True):
+        if isinstance(one, ImageError):
+            if options.strict or len(files) == 1:
+                raise one
+            skipped.append(str(one))
+            continue
+        array, result = one
+        name = path.stem
+        while name in taken:  # two folders may hold files of the same name
+            name += "_"
+        taken.add(name)
+        boxes, scores, names = result["boxes"].tolist(), result["scores"].tolist(), result["names"]
+        viz.save(viz.draw_boxes(array, boxes, names, scores, model.classes), out / f"{name}.jpg")
+        rows = zip(names, result["labels"].tolist(), scores, boxes, strict=True)
+        content.append(
+            {
+                "file": str(path),
+                "picture": f"{name}.jpg",
+                "width": array.shape[1],
+                "height": array.shape[0],
+                "detections": [{"name": n, "label": k, "score": s, "box": box} for n, k, s, box in rows],
+            }
+        )
+        print(f"{path}: {len(result['names'])} objects")
     for sentence in skipped:
         print(f"{sentence}; skipped")
     if not content:

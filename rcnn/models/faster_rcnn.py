@@ -1,6 +1,7 @@
 """Faster R-CNN: trunk, region proposal network and RoI head, joined."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -11,11 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from rcnn import images as pictures
 from rcnn import kernels
 from rcnn.config import ModelConfig, given, resolve_model
+from rcnn.images import ImageError
 from rcnn.models.backbone import build_backbone
 from rcnn.models.losses import Normaliser
+from rcnn.models.predicting import predictions
 from rcnn.models.roi_heads import Pool, RoIHeads
 from rcnn.models.rpn import RPN
 from rcnn.structures import Detections, Proposals, Targets
@@ -200,14 +202,22 @@ class FasterRCNN(nn.Module):
             proposals, _ = self.rpn(features, image_sizes, None, self.step)
         return self.roi_heads.detect(features, proposals, image_sizes)
 
-    def predict(self, inputs: Picture | Iterable[Picture], score_threshold: float = 0.5, batch_size: int = 8) -> Any:
+    def predict(
+        self,
+        inputs: Picture | Iterable[Picture],
+        score_threshold: float = 0.5,
+        batch_size: int = 8,
+        half: bool = False,
+    ) -> Any:
         """Detections of pictures, in pixels of the pictures themselves.
 
         Args:
-            inputs: one picture or several of them: a path, a PIL image, or an ``(H, W, 3)`` uint8 RGB array.
+            inputs: one picture or several of them: a path, a PIL image, or an ``(H, W, 3)`` uint8 RGB array. A batch is
+                read while the network is busy with the one before.
             score_threshold: detections with a lower score are left out. The model makes none under its own
                 ``roi.score_threshold``.
             batch_size: pictures per pass through the network.
+            half: compute the layers in 16 bits: float16 on a GPU, bfloat16 on a CPU.
 
         Returns:
             For one picture a dict, for several a list of dicts: ``boxes`` ``(n, 4)`` float32 in pixels, ``labels``
@@ -217,45 +227,30 @@ class FasterRCNN(nn.Module):
         Raises:
             ValueError: a picture that cannot be read (the file is named), or a threshold outside 0..1.
         """
+        if isinstance(inputs, (str, PathLike, Image.Image, np.ndarray)):
+            return self.predict([inputs], score_threshold, batch_size, half)[0]
+        results: list[dict[str, Any]] = []
+        with closing(self.predict_each(inputs, score_threshold, batch_size, half)) as found:
+            for one in found:
+                if isinstance(one, ImageError):
+                    raise one
+                results.append(one[1])
+        return results
+
+    def predict_each(
+        self, inputs: Iterable[Picture], score_threshold: float = 0.5, batch_size: int = 8, half: bool = False
+    ) -> Generator[tuple[np.ndarray, dict[str, Any]] | ImageError, None, None]:
+        """:meth:`predict` for any number of pictures, one after another.
+
+        Yields:
+            In the order of the inputs, ``(pixels, result)``: the picture as an ``(H, W, 3)`` uint8 RGB array, and the
+            dict that :meth:`predict` gives; for one that cannot be read, the error.
+        """
         if not 0 <= score_threshold <= 1:
             raise ValueError(f"score_threshold must be between 0 and 1, got {score_threshold}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be greater than 0, got {batch_size}")
-        if isinstance(inputs, (str, PathLike, Image.Image, np.ndarray)):
-            return self.predict([inputs], score_threshold, batch_size)[0]
         if not isinstance(inputs, Iterable):
             kinds = "a path, a PIL image, an (H, W, 3) uint8 array, or several of them"
             raise ValueError(f"inputs must be {kinds}, got {type(inputs).__name__}")
-        results: list[dict[str, Any]] = []
-        waiting: list[np.ndarray] = []
-        for picture in inputs:
-            waiting.append(pictures.to_array(picture))
-            if len(waiting) == batch_size:
-                results += self._predict(waiting, score_threshold)
-                waiting = []
-        return results + (self._predict(waiting, score_threshold) if waiting else [])
-
-    def _predict(self, arrays: list[np.ndarray], score_threshold: float) -> list[dict[str, Any]]:
-        short, long = given(self.config.min_size), given(self.config.max_size)
-        sizes = [pictures.target_size(a.shape[0], a.shape[1], short, long) for a in arrays]
-        images, image_sizes = pictures.stack([pictures.resize(a, *size) for a, size in zip(arrays, sizes, strict=True)])
-        training, device = self.training, self.mean.device
-        self.eval()
-        try:
-            found = self.detect(images.to(device), image_sizes.to(device)).to("cpu").unpad()
-        finally:
-            self.train(training)
-        results = []
-        for array, (height, width), one in zip(arrays, sizes, found, strict=True):
-            keep = one["scores"] >= score_threshold
-            scale = torch.tensor([array.shape[1] / width, array.shape[0] / height]).repeat(2)
-            labels = one["labels"][keep]
-            results.append(
-                {
-                    "boxes": one["boxes"][keep] * scale,
-                    "labels": labels,
-                    "scores": one["scores"][keep],
-                    "names": [self.classes[k - 1] for k in labels.tolist()],
-                }
-            )
-        return results
+        return predictions(self, inputs, score_threshold, batch_size, half)
