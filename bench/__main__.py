@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.out is not None and not options.out.parent.is_dir():
         parser.exit(1, f"python -m bench writes {options.out}, but its folder does not exist\n")
 
-    console = Console() if Console().is_terminal else Console(width=200)
+    console = Console() if Console().is_terminal else Console(width=220)
     result: dict[str, Any] = {"machine": {**machine(device), "device": device.type}, "rows": []}
     if options.full:
         result["tests"] = op_tests(device)

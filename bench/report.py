@@ -137,14 +137,20 @@ def step_cells(row: Row, columns: list[str]) -> list[str]:
         "precision": row["precision"],
         "with": row["with"],
         "img/s": f"{row['images_per_second']:.4g}",
-        "total": f"{row['median'] * 1e3:.4g}",
-        "p20 to p80": f"{row['p20'] * 1e3:.4g} to {row['p80'] * 1e3:.4g}",
-        **{stage: f"{seconds * 1e3:.3g}" for stage, seconds in row.get("stages", {}).items()},
+        "total": milliseconds(row["median"]),
+        "p20 to p80": f"{milliseconds(row['p20'])} to {milliseconds(row['p80'])}",
+        **{stage: milliseconds(seconds) for stage, seconds in row.get("stages", {}).items()},
         "idle": "" if idle is None else f"{idle:.0%}",
         "peak, MB": "" if memory is None else f"{memory / 1e6:.4g}",
         "speed-up": "" if speed is None else f"{speed:.2f}",
     }
     return [cells.get(column, "") for column in columns]
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits, or all that stand before the point."""
+    value = seconds * 1e3
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def data_line(row: Row) -> str:

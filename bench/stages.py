@@ -67,10 +67,8 @@ def their_parts(net: nn.Module) -> list[Part]:
 
     rpn: Any = net.rpn
     heads: Any = net.roi_heads
-    transform: Any = getattr(net, "transform", None)
-    ends = [] if transform is None else [(transform, "forward", "input"), (transform, "postprocess", "detections")]
     return [
-        *ends,
+        *([(net.transform, "forward", "input")] if hasattr(net, "transform") else []),
         (net.backbone, "forward", "trunk"),
         (rpn.head, "forward", "RPN head"),
         (rpn.anchor_generator, "forward", "proposals"),
