@@ -5,6 +5,8 @@ be called by every one of them, in the same order.
 """
 
 import os
+import time
+import uuid
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -50,8 +52,38 @@ def init(device: torch.device) -> torch.device:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    own = dist.PrefixStore(_agree_on_name(store, rank, world), store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=TIMEOUT)
     return device
+
+
+def _agree_on_name(store: dist.Store, rank: int, world: int) -> str:
+    """A name that the processes of this start share, and no process of an earlier start had.
+
+    torchrun keeps its store when it restarts the processes, and with it the addresses of the dead, which a quick
+    process would read before its new partner has replaced them. Nor is torchrun's number of the restart the same on
+    every node. So each process asks under a name of its own, and the first answers until all have told it so.
+
+    Raises:
+        TimeoutError: not all processes came within :data:`TIMEOUT`.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"ask/{rank}", own)
+        name = store.get(f"answer/{own}").decode()
+        store.set(f"{name}/{rank}", "here")
+        return name
+    end = time.monotonic() + TIMEOUT.total_seconds()
+    for other in range(1, world):
+        while not store.check([f"{own}/{other}"]):
+            if time.monotonic() > end:
+                raise TimeoutError(f"rank {other} of {world} has not come within {TIMEOUT}")
+            if store.check([f"ask/{other}"]):  # by this process, or by one that is dead
+                store.set(f"answer/{store.get(f'ask/{other}').decode()}", own)
+            time.sleep(0.01)
+    return own
 
 
 def shutdown() -> None:

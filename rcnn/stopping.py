@@ -36,7 +36,10 @@ class Interrupted(Exception):
 
 @contextmanager
 def requests(max_minutes: float = 0.0) -> Iterator[Callable[[], Reason]]:
-    """Turn the first SIGINT, SIGTERM or SIGUSR1 into an answer to ask for between steps; a second one interrupts.
+    """Turn SIGINT, SIGTERM and SIGUSR1 into an answer to ask for between steps; Ctrl-C after any of them interrupts.
+
+    SIGTERM and SIGUSR1 may come twice for one reason, as a warning and at the end of the time, or from a scheduler that
+    signals every process and from torchrun, which hands on what it got.
 
     Args:
         max_minutes: after which :attr:`Reason.TIME` is the answer, by a clock that nobody can set; 0: never.
@@ -49,9 +52,9 @@ def requests(max_minutes: float = 0.0) -> Iterator[Callable[[], Reason]]:
     start = time.monotonic()
 
     def handler(number: int, frame: Any) -> None:
-        if asked[0]:
+        if number == signal.SIGINT and asked[0]:
             raise KeyboardInterrupt
-        asked[0] = Reason.INTERRUPTED if number == signal.SIGINT else Reason.PREEMPTED
+        asked[0] = asked[0] or (Reason.INTERRUPTED if number == signal.SIGINT else Reason.PREEMPTED)
 
     def reason() -> Reason:
         late = max_minutes and time.monotonic() - start >= 60 * max_minutes

@@ -165,12 +165,15 @@ class _Run:
         self.network: torch.nn.Module = model
         if self.world > 1:
             model.normaliser = distributed.mean_count
-            self.network = DistributedDataParallel(
+            parallel = DistributedDataParallel(
                 model,
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                broadcast_buffers=False,  # the evaluation takes those of the first process, and nothing else reads them
                 static_graph=config.optim.accumulate == 1,
             )
+            # The evaluation takes those of the first process, and nothing else reads them. torch 2.13 warns of the
+            # argument of this name.
+            parallel.broadcast_buffers = False
+            self.network = parallel
         clip = given(config.optim.clip_norm)
         self.one_step = Step(self.network, self.optimizer, clip, self.guarded, config.precision, self.scaler)
         self.take: Callable[[list[Batch]], torch.Tensor] = self.one_step.on_device
@@ -416,6 +419,7 @@ class _Run:
             self.saved = self.at.step
             if len(state["random"]) == self.world:
                 _set_random_state(state["random"][self.rank], self.device)
+            self.tracker.message(f"going on after step {self.at.step}, from {file}")
         except (KeyError, TypeError) as error:
             problem = f"{file} is no training state of this version: {error!r} is amiss"
             raise checkpoint.CheckpointError(problem) from None

@@ -18,14 +18,17 @@ from rcnn.stopping import Reason
         (signal.SIGUSR1, Reason.PREEMPTED),
     ],
 )
-def test_the_first_signal_is_an_answer_and_the_second_interrupts(number, reason):
+def test_a_signal_is_an_answer_however_often_and_ctrl_c_after_it_interrupts(number, reason):
     before = signal.getsignal(number)
     with stopping.requests() as asked:
         assert asked() is Reason.NONE and not asked()
         os.kill(os.getpid(), number)
         assert asked() is reason
+        if number != signal.SIGINT:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR1)
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGINT)
         assert asked() is reason
     assert signal.getsignal(number) is before
 

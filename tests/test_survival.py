@@ -219,6 +219,25 @@ def test_a_worker_that_dies_names_its_file(server, data, folder, name):
     assert line.startswith("rcnn train: a loading process died (") and f"/{names[3]}.jpg; if memory ran out" in line
 
 
+def test_an_error_that_nobody_expects_ends_the_process_and_its_workers(server, data, folder):
+    """Its traceback holds the loader, whose workers ignore the signal that multiprocessing ends them with."""
+    words = ["train", "--data", data, "--out", folder / "error", *OPTIONS, "--loader.workers", "1"]
+    job = server.start(f"""
+import atexit, multiprocessing
+def on_device(*_):
+    print("workers", len(multiprocessing.active_children()))
+    raise RuntimeError("planted")
+engine.Step.on_device = on_device
+try:
+    cli.main({[*map(str, words)]!r})
+except RuntimeError as error:
+    atexit._run_exitfuncs()
+    print(error, len(multiprocessing.active_children()))
+""")
+    assert job.wait(60) == 0, job.text()
+    assert "workers 1" in job.text() and "planted 0" in job.text()
+
+
 def test_the_signals_of_pre_emption_do_not_kill_the_workers(server, data, folder, whole):
     """A scheduler sends them to every process of the job."""
     out = folder / "workers"

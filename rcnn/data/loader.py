@@ -4,11 +4,13 @@ Images of like shape share a batch (landscape or square ones, and portrait ones;
 that little padding is computed.
 """
 
+import atexit
 import os
 import re
 import signal
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -132,6 +134,8 @@ class Loader(DataLoader[Batch]):
         try:
             # An error comes as a value: torch would bury its sentence in the worker's traceback.
             items: Any = super().__iter__()
+            if self.num_workers:
+                _running.add(items)
             for item in uploaded(items, self.device) if self.device.type == "cuda" else items:
                 if isinstance(item, ImageError):
                     try:
@@ -158,6 +162,19 @@ class Loader(DataLoader[Batch]):
             f"a loading process died ({how[1].strip()}) at {files}; if memory ran out, lower loader.workers or "
             f"loader.batch_size"
         )
+
+
+#: torch's iterators that have workers, for as long as anything holds them: the traceback of an error, for one.
+_running: WeakSet[Any] = WeakSet()
+
+
+@atexit.register  # after multiprocessing's own, and so called before it
+def _end_workers() -> None:
+    """At the end of the process: multiprocessing would send SIGTERM, which workers leave to it, and wait for ever."""
+    for items in list(_running):
+        items._shutdown_workers()
+        for worker in items._workers:
+            worker.kill()
 
 
 def make_loader(
