@@ -4,19 +4,25 @@ On the CPU the emulated kernels stand in for the CPU bodies, so that the step is
 that would make the host wait there is refused. On a GPU torch itself watches.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_models import make_targets
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rcnn.config import RECIPES, ModelConfig, RoIConfig, RPNConfig
+from rcnn.config import RECIPES, ModelConfig, Precision, RoIConfig, RPNConfig, TrainConfig, resolve
+from rcnn.data.batch import Batch
 from rcnn.detector import build
+from rcnn.engine import TARGET, Step, StepResult
 from rcnn.models.faster_rcnn import FasterRCNN
+from rcnn.optim import make_optimizer
+from rcnn.precision import LossScaler
 from rcnn.structures import Targets
 
 HEIGHT, WIDTH = 64, 96
@@ -68,7 +74,8 @@ def no_waiting() -> Iterator[None]:
 
     def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         places = any(isinstance(x, str | torch.device) for x in (*args, kwargs.get("device")))
-        if places and not kwargs.get("non_blocking"):
+        own = sys._getframe(1).f_globals["__name__"].startswith("torch.")  # clip_grad_norm_: norms to where they are
+        if places and not own and not kwargs.get("non_blocking"):
             raise Waits(f"to{args} waits for the device")
         return move(self, *args, **kwargs)
 
@@ -141,20 +148,68 @@ def gradient(model: FasterRCNN) -> tuple[dict[str, float], dict[str, Tensor]]:
     return {name: loss.item() for name, loss in losses.items()}, gradients
 
 
+def one_step(model: FasterRCNN, device: torch.device, precision: Precision = "fp32", batches: int = 1) -> StepResult:
+    """The result of a step under watch, which leaves the weights where they are."""
+    config = resolve(TrainConfig(model=ModelConfig(name="tiny"))).optim
+    model.to(device).train()
+    guarded = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    scaler = LossScaler(device) if precision == "fp16" else None
+    clip = 0.0 if batches == 1 else 5.0
+    step = Step(model, make_optimizer(model, config, 0.0), clip, guarded, precision, scaler)
+    given = [Batch(images, targets, [0, 1], torch.ones(2, 2), []).to(device) for images, targets in [batch()] * batches]
+    if device.type == "cuda":
+        step.on_device(given)  # kernels are compiled, anchors are made
+        model.step.zero_()
+    with no_waiting():
+        return step(given)
+
+
 @pytest.mark.emulated
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_the_kernels_give_the_losses_and_gradients_of_the_cpu(name: str, request: pytest.FixtureRequest) -> None:
+def test_a_step_waits_for_nothing_and_has_the_losses_and_gradients_of_the_cpu(
+    name: str, request: pytest.FixtureRequest
+) -> None:
     model = model_of(name)
     expected, slopes = gradient(model)
     model.step.zero_()
-    request.getfixturevalue("emulator")
-    found, gradients = gradient(model)
+    device = request.getfixturevalue("kernels")
+    found, _, _ = one_step(model, device).read()
+    assert found.pop(TARGET) == 0 and all(value > 0 for value in found.values())
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() == slopes.keys()
+    if device.type == "cuda":
+        return  # other convolutions; that the ops agree is for their own tests to say
     # The longest sum goes over the cells of the batch on the trunk's first map, half the images' size.
     tolerance = 2 * (HEIGHT // 2) * (WIDTH // 2) * torch.finfo(torch.float32).eps
     assert found == pytest.approx(expected, rel=tolerance)
-    assert gradients.keys() == slopes.keys()
     whole, other = (torch.cat([one[key].flatten() for key in slopes]) for one in (gradients, slopes))
     assert (whole - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+def test_a_step_of_two_batches_in_any_precision_waits_for_nothing(precision: Precision, kernels: torch.device) -> None:
+    losses, means, norm = one_step(model_of("tiny"), kernels, precision, batches=2).read()
+    assert losses == means and all(np.isfinite([*losses.values(), norm])) and norm > 0
+
+
+class _Slope(torch.autograd.Function):
+    """Waits on the way back."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
+        return slope * len(slope.nonzero())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch watches")
+def test_the_watch_sees_the_way_back() -> None:
+    x = torch.ones(3, requires_grad=True)
+    with no_waiting(), pytest.raises(Waits):
+        _Slope.apply(x).sum().backward()  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize(
