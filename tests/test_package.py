@@ -110,7 +110,7 @@ def readme_command(mark: str) -> str:
 
 def test_readme_has_the_two_commands() -> None:
     train, test = readme_command("train"), readme_command("test")
-    for block, end in ((train, "python -m rcnn.train"), (test, "python -m pytest")):
+    for block, end in ((train, "python -m rcnn.train"), (test, "python -m pytest -n 2 --dist loadfile")):
         assert "\n" not in block, "one line to copy"
         assert block.endswith(end)
     assert "'.[test,cuda12]'" in test
