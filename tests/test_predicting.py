@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from test_models import small
+from test_no_sync import no_waiting
 
 from rcnn import images as pictures
 from rcnn.models import predicting
@@ -117,3 +118,19 @@ def test_half_computes_the_layers_in_16_bits(monkeypatch):
         assert found["boxes"].dtype == found["scores"].dtype == torch.float32
     assert seen == [torch.float32, predicting.HALF["cpu"]] and model.training
     assert torch.is_autocast_enabled("cpu") is False
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU there is nothing to wait for")
+@pytest.mark.parametrize("half", [False, True])
+def test_on_a_gpu_a_batch_is_queued_without_waiting(half):
+    torch.manual_seed(0)
+    model = small("tiny").to("cuda").eval()
+    arrays = [np.random.default_rng(i).integers(0, 256, (60, 90 + i, 3), dtype=np.uint8) for i in range(3)]
+    (read,) = predicting._read_ahead(model, iter(arrays), 3)
+    assert read.images.is_pinned() and read.image_sizes.is_pinned()
+    predicting._queue(model, read, half)  # kernels are compiled, anchors are made
+    with no_waiting():
+        queued = predicting._queue(model, read, half)
+    results = list(predicting._results(model, queued, 0.0))
+    assert [array.shape for array, _ in results] == [array.shape for array in arrays]
+    assert all(found["boxes"].device.type == "cpu" and len(found["boxes"]) for _, found in results)
