@@ -49,7 +49,7 @@ GATE_BATCH, GATE_SIZE, WARM_STEPS = 2, (192, 256), 4
 #: Files that ``predict`` reads, pictures of the drawn data set (5 of 7 train), images of a batch of both.
 PICTURES, DRAWN, READ_BATCH = 32, {"cuda": 280, "cpu": 45}, 8
 #: Seconds for the rivals of a case, calls whose stages are looked at.
-SECONDS, STAGED = 30.0, 5
+SECONDS, STAGED = {"cuda": 4.0, "cpu": 30.0}, 5
 
 Row = dict[str, Any]
 
@@ -228,7 +228,9 @@ def _timed(
 ) -> list[Row]:
     device = model.mean.device
     warmup = WARMUP + 2 if device.type == "cuda" else 1  # a step is recorded after so many
-    timings = measure({name: call.function for name, call in calls.items()}, repeats, warmup, SECONDS, device)
+    timings = measure(
+        {name: call.function for name, call in calls.items()}, repeats, warmup, SECONDS[device.type], device
+    )
     rows = []
     for name, call in calls.items():
         call.before()
@@ -258,7 +260,7 @@ def predicting(model: rcnn.FasterRCNN, files: list[Path], compared: bool, repeat
     if compared and model.config.name != "tiny":
         net = torchvision_model(model, height, width).eval()
         rivals["torchvision"] = partial(_torchvision_predicts, net, files, device)
-    timings = measure(rivals, repeats, 1, SECONDS, device)
+    timings = measure(rivals, repeats, 1, SECONDS[device.type], device)
     return [
         {
             "model": model.config.name, "task": "predict", "batch": READ_BATCH, "precision": "fp32", "with": name,

@@ -77,7 +77,8 @@ def _read_ahead(model: "FasterRCNN", inputs: Iterator[Any], batch_size: int) -> 
     """Batches, of which the next is being read whenever one is given."""
     short, long = given(model.config.min_size), given(model.config.max_size)
     pin = model.mean.is_cuda
-    readers = ThreadPoolExecutor(min(READERS, os.cpu_count() or 1))
+    # One thread of torch's in each: teams of their own would fight with the network's for a CPU's cores.
+    readers = ThreadPoolExecutor(min(READERS, os.cpu_count() or 1), initializer=torch.set_num_threads, initargs=(1,))
     batcher = ThreadPoolExecutor(1)  # of its own: it waits for the readers
 
     def read(picture: Any) -> tuple[np.ndarray, np.ndarray] | ImageError:
@@ -106,6 +107,7 @@ def _read_ahead(model: "FasterRCNN", inputs: Iterator[Any], batch_size: int) -> 
     finally:
         batcher.shutdown(cancel_futures=True)
         readers.shutdown()
+        torch.set_num_threads(torch.get_num_threads())  # threads that start later take the number that was set last
 
 
 def _queue(model: "FasterRCNN", read: _Read, half: bool) -> _Queued:
