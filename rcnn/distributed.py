@@ -19,6 +19,8 @@ _T = TypeVar("_T")
 
 #: How long a process waits for the others: the first one evaluates alone while they wait.
 TIMEOUT = timedelta(minutes=60)
+#: Seconds that the threads of torch get to let go of their last tensors.
+LINGER = 0.2
 
 
 def init(device: torch.device) -> torch.device:
@@ -87,9 +89,14 @@ def _agree_on_name(store: dist.Store, rank: int, world: int) -> str:
 
 
 def shutdown() -> None:
-    """Leave the others; without them nothing happens."""
+    """Leave the others; without them nothing happens.
+
+    gloo's threads outlive this where a model was wrapped for data parallelism. One that lets go of a tensor when the
+    interpreter has begun to end would abort the process (pytorch #190489), so they get a moment to do that before.
+    """
     if _together():
         dist.destroy_process_group()
+        time.sleep(LINGER)
 
 
 def rank() -> int:

@@ -42,33 +42,38 @@ def test_handles_and_threads_may_come_and_go_but_not_grow():
 
 def test_a_look_sees_memory_handles_threads_and_children():
     size = 64 << 20
-    reader, writer = os.pipe()
-    before = sample(0)
+    asked, told = os.pipe(), os.pipe()
+    alone = sample(0)
+    child = os.fork()
+    if not child:
+        os.read(asked[0], 1)
+        os.open(os.devnull, os.O_RDONLY)
+        os.write(told[1], b"x")
+        os.read(asked[0], 1)
+        os._exit(0)
+    before = sample(1)
     with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block, open(os.devnull) as _:
         for start in range(0, size, mmap.PAGESIZE):
             block[start] = 1
         end = threading.Event()
         thread = threading.Thread(target=end.wait)
         thread.start()
-        child = os.fork()
-        if not child:
-            os.read(reader, 1)
-            os._exit(0)
-        during = sample(1)
-        os.write(writer, b"x")
+        os.write(asked[1], b"x")
+        os.read(told[0], 1)
+        during = sample(2)
+        os.write(asked[1], b"x")
         os.waitpid(child, 0)
         end.set()
         thread.join()
-    after = sample(2)
-    os.close(reader)
-    os.close(writer)
-    # The child has the block as well, and every page of it counts once, not twice; then it is gone.
+    after = sample(3)
+    for handle in (*asked, *told):
+        os.close(handle)
+    assert (before.processes, after.processes) == (alone.processes + 1, alone.processes)
+    assert before.memory - alone.memory < 0.5 * size / 1e6, "what the child shares counts once"
     assert size / 1e6 <= during.memory - before.memory < 1.5 * size / 1e6
-    assert after.memory - before.memory < 0.5 * size / 1e6
-    assert (during.processes, after.processes) == (before.processes + 1, before.processes)
-    assert during.threads == before.threads + 2, "the thread, and that of the child"
-    assert during.files == (before.files + 1) + before.files, "one more here; of the child all but that of the look"
-    assert (after.files, after.threads) == (before.files, before.threads)
+    assert after.memory - alone.memory < 0.5 * size / 1e6
+    assert (during.files, during.threads) == (before.files + 2, before.threads + 1), "a handle in each, a thread here"
+    assert after.files == alone.files and after.threads == during.threads - 2
 
 
 def test_a_short_run(tmp_path, monkeypatch, capsys):
