@@ -35,8 +35,8 @@ IMAGES, BATCH = 140, 2
 LIMIT = 1.0
 #: Parameters of glibc's mallopt.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-#: Lines of ``smaps_rollup`` that count.
-_KINDS = "Pss_Anon", "Pss_Shmem", "SwapPss"
+#: Lines of ``/proc/PID/status`` that count.
+_KINDS = "RssAnon", "RssShmem", "VmSwap"
 #: Rows of the table that is printed.
 _ROWS = 20
 
@@ -47,9 +47,10 @@ class Sample:
 
     Attributes:
         step: steps taken.
-        memory: resident memory, MB (of 1e6 bytes): anonymous and shared, what is swapped out included, a page that
-            several of them share once. Pages of files, as of libraries, do not count: the system takes them back at
-            will, and other programs share them.
+        memory: resident memory of each, summed, MB (of 1e6 bytes): anonymous and shared, what is swapped out included.
+            A page that several of them share since the fork counts in each, so that a write to it, which gives the
+            writer a copy, changes nothing. Pages of files, as of libraries, do not count: the system takes them back
+            at will, and other programs share them.
         files: open file handles.
         threads: of all of them.
         processes: how many they are.
@@ -88,7 +89,7 @@ def sample(step: int) -> Sample:
     memory, files, threads, processes = 0.0, 0, 0, 0
     for process in _family(Path("/proc/self").resolve()):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
-            lines = dict(line.split(":", 1) for line in (process / "smaps_rollup").read_text().splitlines()[1:])
+            lines = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
             memory += sum(int(lines[kind].split()[0]) for kind in _KINDS) * 1024 / 1e6
             files += len(os.listdir(process / "fd"))
             threads += len(os.listdir(process / "task"))
@@ -202,8 +203,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--every must be between 1 and --window ({options.window}), got {options.every}")
     if options.warmup + 2 * options.window > options.steps:
         parser.error(f"--steps must leave two windows after the warm-up, got {options.steps}")
-    if not Path("/proc/self/smaps_rollup").exists():
-        parser.exit(1, "python -m bench.soak reads /proc/PID/smaps_rollup, which Linux has from 4.14 on\n")
+    if not Path("/proc/self/status").exists():
+        parser.exit(1, "python -m bench.soak reads /proc/PID/status, which only Linux has\n")
     if options.out is not None and not options.out.parent.is_dir():
         parser.exit(1, f"python -m bench.soak writes {options.out}, but its folder does not exist\n")
     give_back_large_blocks()
