@@ -308,9 +308,8 @@ def evaluate(
     # In training each process gathers batch statistics of its own; all must judge the model that is saved.
     distributed.copy_from_first(model.buffers())
     found: dict[int, dict[str, np.ndarray]] = {}
-    totals: dict[str, float] = {}
+    losses_of: list[tuple[dict[str, Tensor], int]] = []
     skipped: list[str] = []
-    images = 0
     for batch in loader:
         between()
         skipped += batch.skipped
@@ -320,10 +319,13 @@ def evaluate(
         for index, scale, one in zip(batch.indices, batch.scales.cpu(), detections.to("cpu").unpad(), strict=True):
             boxes = one["boxes"].numpy() * scale.numpy()[[1, 0, 1, 0]]
             found[index] = {"boxes": boxes, "labels": one["labels"].numpy(), "scores": one["scores"].numpy()}
-        for name, loss in losses.items():
-            totals[name] = totals.get(name, 0.0) + loss.item() * len(batch.indices)
-        images += len(batch.indices)
+        losses_of.append((losses, len(batch.indices)))  # read at the end: the device goes on
     model.train(training)
+    totals: dict[str, float] = {}
+    for losses, count in losses_of:
+        for name, loss in losses.items():
+            totals[name] = totals.get(name, 0.0) + loss.item() * count
+    images = sum(count for _, count in losses_of)
     shares = distributed.gather_objects((found, totals, images, skipped))
     if shares is None:
         return None

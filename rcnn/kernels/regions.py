@@ -10,6 +10,8 @@ from rcnn.kernels.checks import same_device
 
 #: Blocks that keep a large GPU busy in a forward pass: with fewer regions than that, several blocks share one.
 BLOCKS = 1024
+#: Values of a map whose layout is changed at a time on a CPU: 512 KB of float32, which the caches near the cores hold.
+TURNED = 1 << 17
 
 
 def as_rois(boxes: Tensor | Sequence[Tensor]) -> Tensor:
@@ -71,15 +73,35 @@ def as_table(x: Tensor) -> Tensor:
     """``(B * H * W, C)`` rows of a map in the dtype of the arithmetic; a view where the layout allows it."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     batch, channels, height, width = x.shape
-    # A map of one image can be reshaped without a copy to rows that lie apart: hence contiguous.
-    return x.permute(0, 2, 3, 1).reshape(batch * height * width, channels).to(dtype).contiguous()
+    if not x.is_contiguous():
+        # A map of one image can be reshaped without a copy to rows that lie apart: hence contiguous.
+        return x.permute(0, 2, 3, 1).reshape(batch * height * width, channels).to(dtype).contiguous()
+    table = x.new_empty((batch, height * width, channels), dtype=dtype)
+    _copy_blocks(table, x.view(batch, channels, height * width).transpose(1, 2))
+    return table.view(batch * height * width, channels)
 
 
 def as_map(table: Tensor, shape: Sequence[int], dtype: torch.dtype, last: bool) -> Tensor:
     """``(B, C, H, W)`` map of a table; channels-last, which is a view, or contiguous."""
     batch, channels, height, width = shape
-    x = table.view(batch, height, width, channels).permute(0, 3, 1, 2).to(dtype)
-    return x if last else x.contiguous()
+    if last:
+        return table.view(batch, height, width, channels).permute(0, 3, 1, 2).to(dtype)
+    output = table.new_empty(tuple(shape), dtype=dtype)
+    _copy_blocks(
+        output.view(batch, channels, height * width).transpose(1, 2), table.view(batch, height * width, channels)
+    )
+    return output
+
+
+def _copy_blocks(target: Tensor, source: Tensor) -> None:
+    """Copy ``(B, cells, C)``, either with its channels apart: in one go each value would cost a cache line."""
+    batch, cells, channels = target.shape
+    across = max(1, TURNED // max(1, channels))
+    images = max(1, across // max(1, cells))
+    for b in range(0, batch, images):
+        for first in range(0, cells, across):
+            block = slice(b, b + images), slice(first, first + across)
+            target[block].copy_(source[block])
 
 
 def packs(channels: int, *tensors: Tensor | None) -> bool:

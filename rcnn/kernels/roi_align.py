@@ -34,6 +34,8 @@ from rcnn.kernels.regions import (
 
 #: Weighted cells listed at once, 12 bytes each and as much again while they are made.
 LISTED = 1 << 22
+#: Output values made at once before they are put in their place: 8 MB of float32, which caches hold.
+SUMMED = 1 << 21
 #: Added to the level before it is rounded down, as torchvision does, so that 224 pixels fall on the upper level.
 LEVEL_EPS = 1e-6
 #: Levels that the kernels take in one launch.
@@ -191,8 +193,7 @@ def _forward_cpu(features: Sequence[Tensor], rois: Tensor, place: _Placement) ->
     if not bool(((rois[:, 0] >= 0) & (rois[:, 0] < batch)).all()):
         raise ValueError(f"boxes must name images 0..{batch - 1}, got {rois[:, 0].min()}..{rois[:, 0].max()}")
     rois = rois.to(torch.float64 if features[0].dtype == torch.float64 else torch.float32)
-    several = len(features) > 1
-    levels = _levels(rois, place) if several else torch.zeros(len(rois), dtype=torch.int64, device=rois.device)
+    levels = _levels(rois, place) if len(features) > 1 else torch.zeros_like(rois[:, 0], dtype=torch.int64)
     level, order = torch.sort(levels, stable=True)
     rois = rois[order]
     shape = torch.tensor([x.shape[2:] for x in features], device=rois.device)[level]
@@ -203,14 +204,20 @@ def _forward_cpu(features: Sequence[Tensor], rois: Tensor, place: _Placement) ->
     counts = torch.bincount(level, minlength=len(features))
     saved = (order, counts, stride, *y, *x)
 
-    tables: list[Tensor] = []
-    for number, first, last in _parts(counts, y, x):
+    values = size[0] * size[1] * channels
+    rows = rois.new_empty((len(rois), values))
+    # On one level they stand in order, and what is summed is the output.
+    most = len(rois) if int((counts > 0).sum()) == 1 else max(1, SUMMED // max(1, values))
+    table, of_level = rows, -1
+    for number, first, last in _parts(counts, y, x, most):
+        if number != of_level:
+            table, of_level = as_table(features[number]), number
         cell, weight, offset, _ = _expand(y, x, stride, first, last)
-        tables.append(_gather(as_table(features[number]), cell, weight, offset))
-    rows = tables[0] if len(tables) == 1 else torch.cat(tables) if tables else rois.new_zeros((0, channels))
-    if several:
-        rows = rows.view(len(rois), size[0] * size[1] * channels)
-        rows = torch.empty_like(rows).index_copy_(0, order, rows).view(-1, channels)
+        part = _gather(table, cell, weight, offset).view(last - first, values)
+        if last - first == len(rois):
+            rows = part
+        else:
+            rows.index_copy_(0, order[first:last], part)
     output = as_map(rows, (len(rois), channels, *size), features[0].dtype, channels_last(features[0]))
     return output, saved
 
@@ -229,7 +236,7 @@ def _backward_cpu(
     bins = place.size[0] * place.size[1]
     rows = as_table(grad)
     tables: list[Tensor | None] = [None] * len(shapes)
-    for number, first, last in _parts(counts, y, x):
+    for number, first, last in _parts(counts, y, x, len(order)):
         if not needed[number]:
             continue
         cells = shapes[number][0] * shapes[number][2] * shapes[number][3]
@@ -257,8 +264,8 @@ def _gather(table: Tensor, index: Tensor, weight: Tensor, offset: Tensor) -> Ten
     return F.embedding_bag(index, table, offset, mode="sum", per_sample_weights=weight)
 
 
-def _parts(counts: Tensor, y: _Axis, x: _Axis) -> Iterator[tuple[int, int, int]]:
-    """Level, first and last region of slices whose list of weighted cells stays near ``LISTED``."""
+def _parts(counts: Tensor, y: _Axis, x: _Axis, most: int) -> Iterator[tuple[int, int, int]]:
+    """Level, first and last region of slices of ``most`` regions whose list of weighted cells stays near ``LISTED``."""
     cells = torch.cumsum(y.length.sum(dim=1) * x.length.sum(dim=1), dim=0)
     first = 0
     for level, count in enumerate(counts.tolist()):
@@ -266,7 +273,7 @@ def _parts(counts: Tensor, y: _Axis, x: _Axis) -> Iterator[tuple[int, int, int]]
         while first < end:
             limit = LISTED + (int(cells[first - 1]) if first else 0)
             last = end if int(cells[end - 1]) <= limit else int(torch.searchsorted(cells[:end], limit))
-            last = max(last, first + 1)
+            last = min(max(last, first + 1), first + most)
             yield level, first, last
             first = last
 
