@@ -9,12 +9,14 @@ from torch import Tensor
 from rcnn import boxes as box
 from rcnn.kernels import _launch
 from rcnn.kernels.checks import same_device
-from rcnn.kernels.nms import nms_padded, thin
+from rcnn.kernels.nms import nms_padded, thin_runs
 from rcnn.kernels.sorting import sort_rows
 from rcnn.structures import Detections, Proposals
 
 #: Shortest side of a detection, pixels (torchvision's).
 _MIN_SIZE = 1e-2
+#: A key behind those of all candidates.
+_LAST = 2**63 - 1
 #: Threads of a block; a warp scores a proposal.
 THREADS = 256
 SOURCE = _launch.CudaSource("detections", dtypes=(torch.float32, torch.bfloat16, torch.float16), THREADS=THREADS)
@@ -115,24 +117,30 @@ def _cpu(
     classes = logits.shape[1]
     probabilities = logits.to(torch.float32).softmax(dim=1)
     used = torch.arange(capacity, device=logits.device) < proposals.count[:, None]
-    row, label = ((probabilities[:, 1:] > score_threshold) & used.reshape(-1, 1)).nonzero(as_tuple=True)
-    label = label + 1
-    scores = probabilities[row, label]
-    image = torch.div(row, capacity, rounding_mode="floor")
-    picked = deltas.reshape(-1, classes, 4)[row, label].to(torch.float32)
-    decoded = box.decode(picked, proposals.boxes.reshape(-1, 4)[row], box_weights)
+    likely = (probabilities > score_threshold) & used.reshape(-1, 1)
+    likely[:, 0] = False
+    # Candidates come by (proposal, class): so they stand at equal scores, because the sorts are stable.
+    entry = likely.flatten().nonzero().squeeze(1)
+    row = torch.div(entry, classes, rounding_mode="floor")
+    image, label = torch.div(row, capacity, rounding_mode="floor"), entry - row * classes
+    scores = probabilities.flatten().index_select(0, entry)
+    picked = deltas.reshape(-1, 4).index_select(0, entry).to(torch.float32)
+    decoded = box.decode(picked, proposals.boxes.reshape(-1, 4).index_select(0, row), box_weights)
     boxes = box.clip(decoded, image_sizes[image])
     # The area is finite only if all coordinates are; clipping would hide that they were not.
     large = torch.minimum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]) >= _MIN_SIZE
     usable = large & box.area(decoded).isfinite()
 
-    # Candidates by (score, proposal, class): they come by (proposal, class), and the sort is stable.
-    order = torch.where(usable, scores, -1.0).sort(descending=True, stable=True).indices[: int(usable.sum())]
-    boxes, scores, label, image = boxes[order], scores[order], label[order], image[order]
-    chosen = thin(boxes, image * classes + label, iou_threshold, detections_per_image)
+    # The bits of a float that is not negative rise with it.
+    falling = ~scores.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    key = (image * classes + label << 32) + falling
+    key, order = torch.where(usable, key, _LAST).sort(stable=True)
+    key, order = key[: int(usable.sum())], order[: int(usable.sum())]
+    kept = thin_runs(boxes.index_select(0, order), key >> 32, iou_threshold, detections_per_image)
 
-    image, order = image[chosen].sort(stable=True)
-    chosen = chosen[order]
+    kept = order.index_select(0, kept).sort().values
+    key, order = ((image << 32) + falling).index_select(0, kept).sort(stable=True)
+    image, kept = key >> 32, kept.index_select(0, order)
     count = torch.bincount(image, minlength=images)
     slot = torch.arange(len(image), device=image.device) - (count.cumsum(0) - count)[image]
     # Rows beyond the capacity fall into one more column, which is cut off.
@@ -143,7 +151,7 @@ def _cpu(
         label.new_zeros(images, detections_per_image + 1),
     )
     for padded, values in zip(result, (boxes, scores, label), strict=True):
-        padded[image, slot] = values[chosen]
+        padded[image, slot] = values.index_select(0, kept)
     return Detections(
         boxes=result[0][:, :-1].contiguous(),
         scores=result[1][:, :-1].contiguous(),

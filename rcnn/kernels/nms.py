@@ -20,6 +20,8 @@ from rcnn.kernels.checks import same_device
 CHUNK = 128
 #: Most boxes of a problem that is settled at once, together with others.
 WHOLE = 512
+#: Problems of so many boxes at most are settled together, whatever their size.
+TINY = 16
 #: Pairs compared at once over several problems: 1 MB of float32 per temporary, which stays in the cache.
 PAIRS = 1 << 18
 #: Boxes of one problem that a block of a kernel holds in shared memory, 20 bytes for each.
@@ -157,14 +159,16 @@ def thin(boxes: Tensor, problem: Tensor, iou_threshold: float, max_output: int) 
         iou_threshold: 0..1.
         max_output: at least so many kept boxes of a problem are given, if it has them.
     """
-    _check_boxes(boxes, iou_threshold)
-    if not len(boxes):
-        return torch.zeros_like(problem, dtype=torch.int64)
     problem, order = problem.sort(stable=True)
+    return order[thin_runs(boxes[order], problem, iou_threshold, max_output)].sort().values
+
+
+def thin_runs(boxes: Tensor, problem: Tensor, iou_threshold: float, max_output: int) -> Tensor:
+    """As :func:`thin` where the rows of a problem follow one another; the kept rows come in no order."""
+    _check_boxes(boxes, iou_threshold)
     counts = torch.unique_consecutive(problem, return_counts=True)[1]
     starts = torch.cumsum(counts, dim=0) - counts
-    kept = _solve(_table(boxes[order]), starts, counts, iou_threshold, max_output)
-    return order[kept].sort().values
+    return _solve(_table(boxes), starts, counts, iou_threshold, max_output)
 
 
 def _nms_padded_cpu(boxes: Tensor, count: Tensor, iou_threshold: float, max_output: int) -> tuple[Tensor, Tensor]:
@@ -178,7 +182,8 @@ def _nms_padded_cpu(boxes: Tensor, count: Tensor, iou_threshold: float, max_outp
     source = used.flatten().nonzero().squeeze(1)
     counts = used.sum(dim=1)
     starts = torch.cumsum(counts, dim=0) - counts
-    kept = source[_solve(_table(boxes.flatten(0, 1)[source]), starts, counts, iou_threshold, max_output)]
+    kept = _solve(_table(boxes.flatten(0, 1)[source]), starts, counts, iou_threshold, max_output)
+    kept = source[kept.sort().values]
     problem = torch.div(kept, rows, rounding_mode="floor")
     total = torch.bincount(problem, minlength=problems)
     rank = torch.arange(len(kept), device=boxes.device) - (torch.cumsum(total, dim=0) - total)[problem]
@@ -217,14 +222,14 @@ def _overlaps(left: Tensor, right: Tensor, iou_threshold: float) -> Tensor:
 
 
 def _settle(suppresses: Tensor, alive: Tensor) -> Tensor:
-    """Greedy answer of chunks, bool; ``suppresses (..., I, I)`` is strictly upper triangular, ``alive (..., I)`` of its
-    dtype, both 0 or 1."""
-    keep = alive
+    """Greedy answer of chunks, ``(G, I)`` bool; ``suppresses (G, I, I)`` is strictly upper triangular, ``alive (G, I)``
+    of its dtype, both 0 or 1."""
+    alive = keep = alive.unsqueeze(1)
     while True:
         # How many of the kept strike each box: a sum of ones is not 0, however it is rounded.
-        settled = alive * (keep.unsqueeze(-2) @ suppresses).squeeze(-2).eq_(0)
+        settled = torch.bmm(keep, suppresses).eq_(0).mul_(alive)
         if torch.equal(settled, keep):
-            return keep > 0
+            return keep.squeeze(1) > 0
         keep = settled
 
 
@@ -235,8 +240,8 @@ def _greedy(table: Tensor, iou_threshold: float, max_output: int) -> Tensor:
     found = 0
     while len(index) and found < max_output:
         head, table = table[:, :CHUNK], table[:, CHUNK:]
-        alive = head.new_ones(head.shape[1])
-        kept = _settle(_overlaps(head, head, iou_threshold).triu_(1), alive)
+        alive = head.new_ones(1, head.shape[1])
+        kept = _settle(_overlaps(head, head, iou_threshold).triu_(1)[None], alive)[0]
         parts.append(index[:CHUNK][kept])
         found += len(parts[-1])
         index = index[CHUNK:]
@@ -247,7 +252,7 @@ def _greedy(table: Tensor, iou_threshold: float, max_output: int) -> Tensor:
 
 
 def _solve(table: Tensor, starts: Tensor, counts: Tensor, iou_threshold: float, max_output: int) -> Tensor:
-    """Kept columns, in rising order, of problems that own ``counts`` columns of the table from ``starts`` on.
+    """Kept columns, in no order, of problems that own ``counts`` columns of the table from ``starts`` on.
 
     Problems of at most ``WHOLE`` boxes are settled many at once, those of similar size together; a larger one takes
     the way of :func:`_greedy` on its own. At least the first ``max_output`` kept columns of a problem are given.
@@ -263,17 +268,19 @@ def _solve(table: Tensor, starts: Tensor, counts: Tensor, iou_threshold: float, 
             start = int(starts[first])
             parts.append(start + _greedy(table[:, start : start + size], iou_threshold, max_output))
         elif size:
-            width = min(2 * size, WHOLE)
-            while last < len(size_list) and size_list[last] <= width and (last - first) * width**2 < PAIRS:
+            # Those of about the same size, or small, whose pairs stay in the cache.
+            while last < len(size_list) and size_list[last] <= min(max(2 * size, TINY), WHOLE):
+                if (last + 1 - first) * size_list[last] ** 2 > PAIRS:
+                    break
                 last += 1
             width = size_list[last - 1]
             offset = torch.arange(width, device=table.device)
             alive = offset < sizes[first:last, None]
             column = starts[first:last, None] + torch.where(alive, offset, 0)
-            group = table[:, column]
+            group = table.index_select(1, column.flatten()).view(-1, *column.shape)
             parts.append(column[_settle(_overlaps(group, group, iou_threshold).triu_(1), alive.to(table.dtype))])
         first = last
-    return torch.sort(torch.cat(parts)).values if parts else starts[:0]
+    return torch.cat(parts) if parts else starts[:0]
 
 
 def _nms_cuda(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
