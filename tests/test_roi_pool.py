@@ -153,6 +153,21 @@ def test_many_regions_of_all_sizes() -> None:
     assert torch.equal(whole, torch.cat([roi_pool(maps, roi[None], 7) for roi in rois]))
 
 
+@pytest.mark.parametrize("height, width", [(1, 400), (33, 31), (31, 33), (32, 32), (180, 14), (32_767, 1), (40_000, 1)])
+def test_every_cell_of_a_large_bin_can_win(height: int, width: int) -> None:
+    cells = height * width
+    count = min(cells, 40)
+    winner = torch.linspace(0, cells - 1, count).long()
+    x = torch.zeros(count, 1, cells)
+    x[torch.arange(count), 0, winner] = 1
+    x = x.view(count, 1, height, width).requires_grad_()
+    boxes = torch.tensor([[0.0, 0.0, width - 1.0, height - 1.0]])
+    output = roi_pool(x, list(boxes.expand(count, 1, 4)), 1)
+    assert output.flatten().tolist() == [1] * count
+    (grad,) = torch.autograd.grad(output.sum(), x)
+    assert torch.equal(grad, x)
+
+
 def test_list_of_boxes_and_no_region(device: torch.device) -> None:
     maps = torch.randn(2, 2, 9, 9, device=device, requires_grad=True)
     rois = torch.tensor([[1.0, 1, 2, 5, 7]], device=device)
