@@ -31,10 +31,10 @@ from rcnn.kernels.regions import (
 
 #: Output values made at once: few, so that their memory is used again and again, and enough for many bins of a size.
 POOLED = 1 << 20
-#: Map values gathered at once: 2 MB of float32, about what the caches near the cores hold.
-GATHERED = 1 << 19
+#: Map values gathered at once: 4 MB of float32, about what the caches near the cores hold.
+GATHERED = 1 << 20
 #: Map values that may be gathered twice to save a round of calls, which takes about as long.
-SPARE = 1 << 17
+SPARE = 1 << 18
 
 SOURCE = _launch.CudaSource(
     "roi_pool",
