@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import sys
 
 import jobs
 import pytest
@@ -96,6 +98,7 @@ engine.Step.on_device = on_device
 
 KILL_IN_WRITE = """
 import signal
+import sys
 from rcnn import checkpoint
 real, left = checkpoint.atomic_write, [{writes}]
 
@@ -194,6 +197,7 @@ def test_a_second_run_in_the_same_folder_is_refused(server, data, folder):
 
 DEAD_WORKER = """
 import signal
+import sys
 from torch.utils.data import get_worker_info
 from rcnn.data.dataset import DetectionDataset
 real = DetectionDataset.read
@@ -215,8 +219,46 @@ def test_a_worker_that_dies_names_its_file(server, data, folder, name):
     assert job.wait() == 1
     names = (data / "VOC2007/ImageSets/Main/train.txt").read_text().split()
     shown = job.text().replace("\0", "\n")  # torch's own last word ends in a zero
+    assert "a loading process died" in shown, shown
     (line,) = [line for line in shown.splitlines() if "a loading process died" in line]
     assert line.startswith("rcnn train: a loading process died (") and f"/{names[3]}.jpg; if memory ran out" in line
+
+
+BROKEN_OFF = """
+import signal, threading, time
+from multiprocessing import resource_sharer
+from torch.utils.data import get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Items
+from rcnn.data.dataset import DetectionDataset
+real_read, real_get, at = DetectionDataset.read, Items._try_get_data, []
+
+def read(self, index, *rest):
+    if get_worker_info() is not None:
+        at.append(index)
+        if len(at) == 3:  # the second batch; the first stands in the queue, and its memory is still to be fetched here
+            time.sleep(0.5)
+            resource_sharer._resource_sharer._listener.close()
+            threading.Event().wait(2)
+            print("worker ends at", self.records[index].path.name, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    return real_read(self, index, *rest)
+
+def get(self, *rest):
+    time.sleep(1.5)
+    return real_get(self, *rest)
+
+DetectionDataset.read, Items._try_get_data = read, get
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers hand over their memory by sockets on Linux")
+def test_a_worker_that_dies_while_its_batch_is_fetched(server, data, folder):
+    words = ["--data", data, "--out", folder / "broken-off", *OPTIONS, "--loader.workers", "1"]
+    job = server.train(*words, before=jobs.BRIEF + BROKEN_OFF)
+    assert job.wait() == 1
+    shown = job.text()
+    (name,) = re.findall(r"worker ends at (\S+)", shown)
+    assert "rcnn train: a loading process died (" in shown and f"/{name}; if memory ran out" in shown, shown
 
 
 def test_an_error_that_nobody_expects_ends_the_process_and_its_workers(server, data, folder):

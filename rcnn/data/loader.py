@@ -9,6 +9,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from multiprocessing import connection
 from typing import Any
 from weakref import WeakSet
 
@@ -26,6 +27,8 @@ from rcnn.structures import Targets
 
 #: Height and width of a batch are multiples of this: the coarsest stride of the models.
 DIVISOR = 32
+#: Seconds that a worker which broke off an answer has to end, before the error is taken for another.
+DYING = 5.0
 
 
 class WorkerError(ValueError):
@@ -132,19 +135,30 @@ class Loader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         try:
-            # An error comes as a value: torch would bury its sentence in the worker's traceback.
-            items: Any = super().__iter__()
-            if self.num_workers:
-                _running.add(items)
+            yield from self._batches()
+        except RuntimeError as error:
+            raise self.explained(error) from None
+
+    def _batches(self) -> Iterator[Batch]:
+        items: Any = super().__iter__()
+        if self.num_workers:
+            _running.add(items)
+        try:
             for item in uploaded(items, self.device) if self.device.type == "cuda" else items:
+                # An error comes as a value: torch would bury its sentence in the worker's traceback.
                 if isinstance(item, ImageError):
                     try:
                         raise item
                     finally:
                         del item  # a cycle of error, traceback and this frame would keep the workers waiting for 5 s
                 yield item
-        except RuntimeError as error:
-            raise self.explained(error) from None
+        except (EOFError, OSError):
+            # A dying worker does not hand over what it had announced. torch tells its end, but a little later.
+            workers = items._workers if self.num_workers else []
+            ended = connection.wait([worker.sentinel for worker in workers], DYING)
+            if dead := [worker.pid for worker in workers if worker.sentinel in ended]:
+                raise RuntimeError(f"DataLoader worker (pid {dead}) exited unexpectedly") from None
+            raise
 
     def explained(self, error: RuntimeError) -> RuntimeError | WorkerError:
         """A worker's death as a sentence that names the file it was at; any other error as it is.
