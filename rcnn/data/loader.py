@@ -153,11 +153,14 @@ class Loader(DataLoader[Batch]):
                         del item  # a cycle of error, traceback and this frame would keep the workers waiting for 5 s
                 yield item
         except (EOFError, OSError):
-            # A dying worker does not hand over what it had announced. torch tells its end, but a little later.
+            # A dying worker does not hand over what it had announced.
             workers = items._workers if self.num_workers else []
             ended = connection.wait([worker.sentinel for worker in workers], DYING)
-            if dead := [worker.pid for worker in workers if worker.sentinel in ended]:
-                raise RuntimeError(f"DataLoader worker (pid {dead}) exited unexpectedly") from None
+            dead = [worker for worker in workers if worker.sentinel in ended]
+            for worker in dead:
+                worker.join()  # in the main thread torch's handler of its last signal raises here, and not later
+            if dead:
+                raise RuntimeError(f"DataLoader worker (pid {dead[0].pid}) exited unexpectedly") from None
             raise
 
     def explained(self, error: RuntimeError) -> RuntimeError | WorkerError:
