@@ -1,7 +1,12 @@
-"""Where a test of an op runs: on the CPU body, on the kernels through the emulator, on a GPU where there is one."""
+"""Where a test of an op runs: on the CPU body, on the kernels through the emulator, on a GPU where there is one.
+
+And the server of a module that starts runs of its own.
+"""
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import jobs
 import pytest
 import torch
 from cuda_on_cpu import Emulator
@@ -26,6 +31,19 @@ def device(request: pytest.FixtureRequest) -> torch.device:
         request.getfixturevalue("emulator")
         return torch.device("cpu")
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the module's own."""
+    return tmp_path_factory.mktemp(request.module.__name__)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[jobs.Server]:
+    """Starts runs in processes of their own, which end with the module."""
+    with jobs.serving(folder) as server:
+        yield server
 
 
 @pytest.fixture

@@ -30,17 +30,6 @@ DEADLINE = 120
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("torchrun")
-
-
-@pytest.fixture(scope="module")
-def server(folder):
-    with jobs.serving(folder) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def data(folder):
     return flowers.write(folder / "flowers", count=14, seed=1)  # 10 to train, 4 to validate
 
