@@ -274,6 +274,20 @@ def test_a_file_that_changed_is_a_bad_image(tmp_path):
     assert "1.png: expected 64 x 48 pixels as when the data set was opened, got 32 x 32" in batch.skipped[0]
 
 
+def test_without_workers_there_is_no_death_to_wait_for(tmp_path, monkeypatch):
+    def read(*_):
+        raise OSError("the disk is gone")
+
+    def wait(*_):
+        raise AssertionError("waited for a worker")
+
+    data = dataset(tmp_path, sizes_of(4, 0))
+    monkeypatch.setattr(DetectionDataset, "read", read)
+    monkeypatch.setattr("multiprocessing.connection.wait", wait)
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(loader(data))
+
+
 def test_configuration_must_be_filled_in(tmp_path):
     data = dataset(tmp_path, sizes_of(1, 0))
     with pytest.raises(ValueError, match="config.resolve fills them in"):

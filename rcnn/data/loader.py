@@ -153,15 +153,17 @@ class Loader(DataLoader[Batch]):
                         del item  # a cycle of error, traceback and this frame would keep the workers waiting for 5 s
                 yield item
         except (EOFError, OSError):
-            # A dying worker does not hand over what it had announced.
-            workers = items._workers if self.num_workers else []
-            ended = connection.wait([worker.sentinel for worker in workers], DYING)
-            dead = [worker for worker in workers if worker.sentinel in ended]
-            for worker in dead:
-                worker.join()  # in the main thread torch's handler of its last signal raises here, and not later
-            if dead:
-                raise RuntimeError(f"DataLoader worker (pid {dead[0].pid}) exited unexpectedly") from None
+            if self.num_workers:
+                self._await_death(items._workers)
             raise
+
+    def _await_death(self, workers: list[Any]) -> None:
+        """Raise torch's error of a dead worker, if one ends soon: a dying one does not hand over what it announced."""
+        ended = connection.wait([worker.sentinel for worker in workers], DYING)
+        for worker in workers:
+            if worker.sentinel in ended:
+                worker.join()  # in the main thread torch's handler of its last signal raises here, and not later
+                raise RuntimeError(f"DataLoader worker (pid {worker.pid}) exited unexpectedly") from None
 
     def explained(self, error: RuntimeError) -> RuntimeError | WorkerError:
         """A worker's death as a sentence that names the file it was at; any other error as it is.

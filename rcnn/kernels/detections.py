@@ -9,7 +9,7 @@ from torch import Tensor
 from rcnn import boxes as box
 from rcnn.kernels import _launch
 from rcnn.kernels.checks import same_device
-from rcnn.kernels.nms import nms_padded, thin_runs
+from rcnn.kernels.nms import nms_padded, thin
 from rcnn.kernels.sorting import sort_rows
 from rcnn.structures import Detections, Proposals
 
@@ -135,8 +135,9 @@ def _cpu(
     falling = ~scores.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     key = (image * classes + label << 32) + falling
     key, order = torch.where(usable, key, _LAST).sort(stable=True)
-    key, order = key[: int(usable.sum())], order[: int(usable.sum())]
-    kept = thin_runs(boxes.index_select(0, order), key >> 32, iou_threshold, detections_per_image)
+    number = int(usable.sum())
+    key, order = key[:number], order[:number]
+    kept = thin(boxes.index_select(0, order), key >> 32, iou_threshold, detections_per_image)
 
     kept = order.index_select(0, kept).sort().values
     key, order = ((image << 32) + falling).index_select(0, kept).sort(stable=True)

@@ -147,24 +147,20 @@ def _nms_cpu(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: 
     if idxs is None:
         table = _table(boxes[order])
         return order[_greedy(table, iou_threshold, len(order))]
-    return order[thin(boxes[order], idxs[order], iou_threshold, len(order))]
+    problem, by_problem = idxs[order].sort(stable=True)
+    kept = thin(boxes[order[by_problem]], problem, iou_threshold, len(order))
+    return order[by_problem[kept].sort().values]
 
 
 def thin(boxes: Tensor, problem: Tensor, iou_threshold: float, max_output: int) -> Tensor:
-    """Rows that NMS keeps within their problem, rising: what the CPU bodies of other ops use.
+    """Rows that NMS keeps within their problem, in no order: what the CPU bodies of other ops use.
 
     Args:
-        boxes: ``(N, 4)`` finite float, those of a problem by falling score.
+        boxes: ``(N, 4)`` finite float, problem after problem, those of a problem by falling score.
         problem: ``(N,)`` integer, which problem a box belongs to.
         iou_threshold: 0..1.
         max_output: at least so many kept boxes of a problem are given, if it has them.
     """
-    problem, order = problem.sort(stable=True)
-    return order[thin_runs(boxes[order], problem, iou_threshold, max_output)].sort().values
-
-
-def thin_runs(boxes: Tensor, problem: Tensor, iou_threshold: float, max_output: int) -> Tensor:
-    """As :func:`thin` where the rows of a problem follow one another; the kept rows come in no order."""
     _check_boxes(boxes, iou_threshold)
     counts = torch.unique_consecutive(problem, return_counts=True)[1]
     starts = torch.cumsum(counts, dim=0) - counts

@@ -139,7 +139,8 @@ def _cpu(
     # One problem of NMS per image and level. The levels stand in the order of the anchors, and so do equal scores.
     source = usable.flatten().nonzero().squeeze(1)
     boxes, scores = clipped.reshape(-1, 4)[source], scores.flatten()[source]
-    kept = thin(boxes, torch.div(source, width, rounding_mode="floor"), iou_threshold, post_nms_top_n)
+    problem = torch.div(source, width, rounding_mode="floor")
+    kept = thin(boxes, problem, iou_threshold, post_nms_top_n).sort().values
     kept = kept[scores[kept].sort(descending=True, stable=True).indices]
     image, order = torch.div(source[kept], levels * width, rounding_mode="floor").sort(stable=True)
     kept = kept[order]
