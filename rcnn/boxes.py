@@ -25,7 +25,8 @@ def area(boxes: Tensor) -> Tensor:
     Returns:
         ``(...)`` float, square pixels; negative or zero for a reversed or empty box.
     """
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return (x2 - x1) * (y2 - y1)
 
 
 def intersection(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -72,17 +73,10 @@ def clip(boxes: Tensor, image_sizes: Tensor) -> Tensor:
         A new tensor like ``boxes`` with x in 0..width and y in 0..height of its image.
     """
     shape = (image_sizes.shape[0],) + (1,) * (boxes.dim() - 2)
-    height, width = image_sizes[:, 0].reshape(shape), image_sizes[:, 1].reshape(shape)
+    height, width = (side.reshape(shape) for side in image_sizes.unbind(1))
     zero = boxes.new_zeros(())
-    return torch.stack(
-        (
-            boxes[..., 0].clamp(min=zero, max=width),
-            boxes[..., 1].clamp(min=zero, max=height),
-            boxes[..., 2].clamp(min=zero, max=width),
-            boxes[..., 3].clamp(min=zero, max=height),
-        ),
-        dim=-1,
-    )
+    limits = width, height, width, height
+    return torch.stack([x.clamp(min=zero, max=most) for x, most in zip(boxes.unbind(-1), limits, strict=True)], dim=-1)
 
 
 def encode(boxes: Tensor, targets: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
@@ -129,11 +123,13 @@ def decode(deltas: Tensor, boxes: Tensor, weights: Sequence[float] = (1.0, 1.0, 
         ``(..., 4)`` float, boxes in pixels, not clipped to any image.
     """
     wx, wy, ww, wh = weights
-    width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
-    center_x = (deltas[..., 0] / wx) * width + (boxes[..., 0] + 0.5 * width)
-    center_y = (deltas[..., 1] / wy) * height + (boxes[..., 1] + 0.5 * height)
-    half_width = 0.5 * (torch.exp((deltas[..., 2] / ww).clamp(max=MAX_LOG_SCALE)) * width)
-    half_height = 0.5 * (torch.exp((deltas[..., 3] / wh).clamp(max=MAX_LOG_SCALE)) * height)
+    dx, dy, dw, dh = deltas.unbind(-1)
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    width, height = x2 - x1, y2 - y1
+    center_x = (dx / wx) * width + (x1 + 0.5 * width)
+    center_y = (dy / wy) * height + (y1 + 0.5 * height)
+    half_width = 0.5 * (torch.exp((dw / ww).clamp(max=MAX_LOG_SCALE)) * width)
+    half_height = 0.5 * (torch.exp((dh / wh).clamp(max=MAX_LOG_SCALE)) * height)
     return torch.stack(
         (center_x - half_width, center_y - half_height, center_x + half_width, center_y + half_height), dim=-1
     )

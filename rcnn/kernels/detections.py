@@ -1,5 +1,6 @@
 """Detections: softmax, a box per class, threshold, NMS per class and the best of all classes."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -126,10 +127,11 @@ def _cpu(
     scores = probabilities.flatten().index_select(0, entry)
     picked = deltas.reshape(-1, 4).index_select(0, entry).to(torch.float32)
     decoded = box.decode(picked, proposals.boxes.reshape(-1, 4).index_select(0, row), box_weights)
-    boxes = box.clip(decoded, image_sizes[image])
+    boxes = box.clip(decoded, image_sizes.index_select(0, image))
     # The area is finite only if all coordinates are; clipping would hide that they were not.
-    large = torch.minimum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]) >= _MIN_SIZE
-    usable = large & box.area(decoded).isfinite()
+    x1, y1, x2, y2 = boxes.unbind(1)
+    large = torch.minimum(x2 - x1, y2 - y1) >= _MIN_SIZE
+    usable = large & (box.area(decoded).abs() < math.inf)
 
     # The bits of a float that is not negative rise with it.
     falling = ~scores.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
@@ -143,22 +145,16 @@ def _cpu(
     key, order = ((image << 32) + falling).index_select(0, kept).sort(stable=True)
     image, kept = key >> 32, kept.index_select(0, order)
     count = torch.bincount(image, minlength=images)
-    slot = torch.arange(len(image), device=image.device) - (count.cumsum(0) - count)[image]
-    # Rows beyond the capacity fall into one more column, which is cut off.
-    slot = slot.clamp(max=detections_per_image)
-    result = (
-        boxes.new_zeros(images, detections_per_image + 1, 4),
-        scores.new_zeros(images, detections_per_image + 1),
-        label.new_zeros(images, detections_per_image + 1),
-    )
-    for padded, values in zip(result, (boxes, scores, label), strict=True):
-        padded[image, slot] = values.index_select(0, kept)
-    return Detections(
-        boxes=result[0][:, :-1].contiguous(),
-        scores=result[1][:, :-1].contiguous(),
-        labels=result[2][:, :-1].contiguous(),
-        count=count.clamp(max=detections_per_image),
-    )
+    slot = torch.arange(len(image), device=image.device) - (count.cumsum(0) - count).index_select(0, image)
+    best = (slot < detections_per_image).nonzero().squeeze(1)
+    row = (image * detections_per_image + slot).index_select(0, best)
+    kept = kept.index_select(0, best)
+    found = [
+        x.new_zeros(images * detections_per_image, *x.shape[1:]).index_copy_(0, row, x.index_select(0, kept))
+        for x in (boxes, scores, label)
+    ]
+    padded = [x.view(images, detections_per_image, *x.shape[1:]) for x in found]
+    return Detections(*padded, count=count.clamp(max=detections_per_image))
 
 
 def _cuda(

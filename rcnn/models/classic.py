@@ -27,16 +27,19 @@ CHANNELS, STRIDE, SEED = 512, 16, 0
 
 def _sizes(im_info: ArrayLike | Tensor, count: int, device: torch.device) -> Tensor:
     """``(count, 2)`` heights and widths from ``im_info``, which has a row for each picture or one for all."""
-    info = torch.as_tensor(im_info).to(device, torch.float32)
+    info = torch.as_tensor(im_info).to(device, torch.float32, non_blocking=device.type == "cuda")
     if info.dim() != 2 or info.shape[0] not in (1, count) or info.shape[1] < 2:
         raise ValueError(f"im_info must have shape ({count}, 2 or 3) or (1, 2 or 3), got {tuple(info.shape)}")
     return info[:, :2].expand(count, 2).contiguous()
 
 
 def _targets(gt_boxes: ArrayLike | Tensor, index: ArrayLike | Tensor, sizes: Tensor) -> Targets:
-    """Ground truth from ``(G, 4)`` or, with classes, ``(G, 5)`` boxes and the picture of each, in any order."""
-    gt = torch.as_tensor(gt_boxes).to(sizes.device, torch.float32)
-    image = torch.as_tensor(index).to(sizes.device, torch.int64)
+    """Ground truth from ``(G, 4)`` or, with classes, ``(G, 5)`` boxes and the picture of each, in any order.
+
+    It is checked and sorted where the index lies: no wait for a GPU, if that is the host.
+    """
+    image = torch.as_tensor(index).to(torch.int64)
+    gt = torch.as_tensor(gt_boxes).to(image.device, torch.float32)
     if gt.dim() != 2 or gt.shape[1] not in (4, 5) or image.shape != gt.shape[:1]:
         got = f"{tuple(gt.shape)} and {tuple(image.shape)}"
         raise ValueError(f"gt_boxes and their index must have shapes (G, 4 or 5) and (G,), got {got}")
@@ -48,8 +51,8 @@ def _targets(gt_boxes: ArrayLike | Tensor, index: ArrayLike | Tensor, sizes: Ten
         labels=gt[:, 4].long() if gt.shape[1] == 5 else image.new_ones(len(gt)),
         offsets=nn.functional.pad(torch.bincount(image, minlength=len(sizes)).cumsum(0), (1, 0)),
         image_sizes=sizes,
-        image_ids=torch.arange(len(sizes), device=sizes.device),
-    )
+        image_ids=torch.arange(len(sizes)),
+    ).to(sizes.device, non_blocking=sizes.is_cuda)
 
 
 class _AnchorLayer(nn.Module):
@@ -109,7 +112,7 @@ class AnchorTargetLayer(_AnchorLayer):
             anchors,
             _targets(gt_boxes, batch_boxes_index, _sizes(im_info, batch, device)),
             seed=SEED,
-            step=torch.tensor(self._calls, device=device),
+            step=torch.full((), self._calls, device=device),
             high_threshold=cfg.high_threshold,
             low_threshold=cfg.low_threshold,
             batch_size_per_image=given(cfg.batch_size_per_image),
