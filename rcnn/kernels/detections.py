@@ -149,12 +149,13 @@ def _cpu(
     best = (slot < detections_per_image).nonzero().squeeze(1)
     row = (image * detections_per_image + slot).index_select(0, best)
     kept = kept.index_select(0, best)
-    found = [
-        x.new_zeros(images * detections_per_image, *x.shape[1:]).index_copy_(0, row, x.index_select(0, kept))
+    padded = [
+        x.new_zeros(images * detections_per_image, *x.shape[1:])
+        .index_copy_(0, row, x.index_select(0, kept))
+        .view(images, detections_per_image, *x.shape[1:])
         for x in (boxes, scores, label)
     ]
-    padded = [x.view(images, detections_per_image, *x.shape[1:]) for x in found]
-    return Detections(*padded, count=count.clamp(max=detections_per_image))
+    return Detections(padded[0], padded[1], padded[2], count.clamp(max=detections_per_image))
 
 
 def _cuda(
