@@ -75,6 +75,7 @@ def test_the_cache_returns_the_same_tensor_and_notices_changes() -> None:
     assert anchors(cells, [(2, 3)], (16,)) is first
     assert anchors(cells, [(3, 2)], [16]) is not first
     assert anchors(cells, [(2, 3)], [8]) is not first
+    assert anchors(cells, [(2, 3)], [16.5])[-1, 0] == 33 + cells[0, 0, 0]
     cells.mul_(2)
     assert torch.equal(anchors(cells, [(2, 3)], [16])[0], cells[0, 0])
     other = cells + 1
@@ -102,6 +103,15 @@ def test_anchors_made_in_inference_mode_serve_training() -> None:
     assert torch.equal(weight.grad, grid)
 
 
+def test_cells_made_in_inference_mode_may_change() -> None:
+    """Such a tensor does not count its changes, so its grids are made anew."""
+    with torch.inference_mode():
+        cells = cell_anchors([32], [1.0])[None]
+        assert anchors(cells, [(1, 1)], [16]).tolist() == [[-16, -16, 16, 16]]
+        cells.mul_(2)
+        assert anchors(cells, [(1, 1)], [16]).tolist() == [[-32, -32, 32, 32]]
+
+
 @pytest.mark.parametrize(("sizes", "ratios", "name"), [([], [1.0], "sizes"), ([32], [0.0], "aspect_ratios")])
 def test_cell_errors(sizes: list[float], ratios: list[float], name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be one or more positive numbers"):
@@ -109,7 +119,9 @@ def test_cell_errors(sizes: list[float], ratios: list[float], name: str) -> None
 
 
 def test_grid_errors() -> None:
-    with pytest.raises(ValueError, match=r"cells must be float32 of shape \(L, A, 4\), got .*\(3, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"cells must be float32 of shape \(L, A, 4\) with L at least 1, got .*\(3, 4\)"
+    ):
         anchors(torch.zeros(3, 4), [(1, 1)], [8])
     with pytest.raises(ValueError, match="each of 2 levels, got 1 shapes and 2 strides"):
         anchors(torch.zeros(2, 3, 4), [(1, 1)], [8, 16])

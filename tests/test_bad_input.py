@@ -4,13 +4,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from rcnn import kernels
 from rcnn.structures import Proposals, Targets
 
 NAN = float("nan")
+OPS = (
+    *("nms", "batched_nms", "nms_padded", "match", "match_anchors", "match_proposals", "proposals", "detections"),
+    *("roi_align", "pyramid", "roi_pool"),
+)
 
 
 class Sound:
@@ -82,6 +88,10 @@ class Sound:
     def roi_align(self, **changed: Any) -> Any:
         return kernels.roi_align(**{"input": self.maps, "boxes": self.rois, "output_size": 2, **changed})
 
+    def pyramid(self, **changed: Any) -> Any:
+        sound = {"features": [self.maps], "rois": self.rois, "output_size": 2, "spatial_scales": [0.5]}
+        return kernels.multiscale_roi_align(**{**sound, **changed})
+
     def roi_pool(self, **changed: Any) -> Any:
         return kernels.roi_pool(**{"input": self.maps, "boxes": self.rois, "output_size": 2, **changed})
 
@@ -92,30 +102,30 @@ class Sound:
 Spoil = Callable[[Sound], Any]
 CASES: list[tuple[Spoil, str]] = [
     (lambda s: s.nms(boxes=s.boxes[:, :3]), r"boxes must have shape \(N, 4\), got \(2, 3\)"),
-    (lambda s: s.nms(boxes=s.boxes.long()), "boxes must have a floating point dtype, got torch.int64"),
+    (lambda s: s.nms(boxes=s.boxes.long()), "boxes must be float32, bfloat16 or float16, got torch.int64"),
     (lambda s: s.nms(scores=s.elsewhere), "scores must be on .*, where boxes is, got meta"),
     (lambda s: s.nms(iou_threshold=NAN), "iou_threshold must lie in 0..1, got nan"),
     (lambda s: s.nms(iou_threshold=-0.1), "iou_threshold must lie in 0..1, got -0.1"),
     (lambda s: s.batched_nms(idxs=s.scores), "idxs must have an integer dtype, got torch.float32"),
     (lambda s: s.batched_nms(idxs=s.elsewhere.long()), "idxs must be on .*, where boxes is, got meta"),
     (lambda s: s.nms_padded(count=s.scores[:1]), "count must be torch.int64, got torch.float32"),
-    (lambda s: s.nms_padded(max_output=-1), "max_output must be an integer not below 0, got -1"),
-    (lambda s: s.match(boxes=s.boxes.long()), "boxes must have a floating point dtype, got torch.int64"),
+    (lambda s: s.nms_padded(max_output=-1), r"max_output must be an integer in 0..2147483647, got -1"),
+    (lambda s: s.match(boxes=s.boxes.long()), "boxes must be float32, bfloat16 or float16, got torch.int64"),
     (lambda s: s.match(gt_boxes=s.boxes.to("meta")), "gt_boxes must be on .*, where boxes is, got meta"),
-    (lambda s: s.match(gt_boxes=s.boxes.long()), "gt_boxes must have a floating point dtype, got torch.int64"),
+    (lambda s: s.match(gt_boxes=s.boxes.long()), "gt_boxes must be float32, bfloat16 or float16, got torch.int64"),
     (lambda s: s.match(gt_labels=s.scores), "gt_labels must be torch.int64, got torch.float32"),
     (lambda s: s.match(gt_offsets=s.targets.offsets.int()), "gt_offsets must be torch.int64, got torch.int32"),
-    (lambda s: s.match(high_threshold=NAN), "thresholds must satisfy .*, got 0.3 and nan"),
+    (lambda s: s.match(high_threshold=NAN), "high_threshold must be a finite number, got nan"),
     (lambda s: s.match(low_threshold=-0.1), "thresholds must satisfy .*, got -0.1 and 0.7"),
     (lambda s: s.match_anchors(anchors=s.boxes[0]), r"anchors must have shape \(N, 4\) with N at least 1, got \(4,\)"),
-    (lambda s: s.match_anchors(allowed_border=NAN), "allowed_border must be a finite number or None, got nan"),
-    (lambda s: s.match_anchors(positive_fraction=NAN), "positive_fraction must be in 0..1, got nan"),
+    (lambda s: s.match_anchors(allowed_border=NAN), "allowed_border must be a finite number, got nan"),
+    (lambda s: s.match_anchors(positive_fraction=NAN), "positive_fraction must lie in 0..1, got nan"),
     (lambda s: s.match_anchors(step=s.step.to("meta")), "step must be on .*, where anchors is, got meta"),
     (
         lambda s: s.match_anchors(targets=replace(s.targets, boxes=s.boxes.to("meta"))),
         "targets.boxes must be on .*, where anchors is, got meta",
     ),
-    (lambda s: s.match_proposals(box_weights=(1, 1, NAN, 1)), "box_weights must be 4 numbers, got .*nan"),
+    (lambda s: s.match_proposals(box_weights=(1, 1, NAN, 1)), "box_weights must be 4 numbers above 0, got .*nan"),
     (
         lambda s: s.match_proposals(proposals=replace(s.candidates, boxes=s.boxes[None].to("meta"))),
         "proposals.count must be on meta, where proposals.boxes is, got",
@@ -123,14 +133,14 @@ CASES: list[tuple[Spoil, str]] = [
     (lambda s: s.proposals(objectness=s.scores), r"objectness must have shape \(B, N\), got \(2,\)"),
     (
         lambda s: s.proposals(objectness=s.scores[None].long()),
-        "objectness and deltas must have one floating point dtype",
+        "objectness must be float32, bfloat16 or float16, got torch.int64",
     ),
     (lambda s: s.proposals(anchors=s.boxes.double()), "anchors must be torch.float32, got torch.float64"),
     (lambda s: s.proposals(anchors=s.boxes.to("meta")), "anchors must be on .*, where objectness is, got meta"),
-    (lambda s: s.proposals(level_sizes=[3, -1]), r"level_sizes must add up to 2 anchors, got \(3, -1\)"),
+    (lambda s: s.proposals(level_sizes=[3, -1]), r"level_sizes\[1\] must be an integer in 0..2147483647, got -1"),
     (lambda s: s.proposals(iou_threshold=NAN), "iou_threshold must lie in 0..1, got nan"),
     (lambda s: s.proposals(min_size=-1.0), "min_size must be at least 0, got -1.0"),
-    (lambda s: s.proposals(pre_nms_top_n=0), "pre_nms_top_n must be at least 1, got 0"),
+    (lambda s: s.proposals(pre_nms_top_n=0), r"pre_nms_top_n must be an integer in 1..2147483647, got 0"),
     (lambda s: s.detections(logits=s.maps), r"logits must have shape \(2, K \+ 1\), got"),
     (
         lambda s: s.detections(deltas=torch.zeros(2, 12, device="meta")),
@@ -138,25 +148,68 @@ CASES: list[tuple[Spoil, str]] = [
     ),
     (lambda s: s.detections(score_threshold=NAN), "score_threshold must lie in 0..1, got nan"),
     (lambda s: s.detections(iou_threshold=-1), "iou_threshold must lie in 0..1, got -1"),
-    (lambda s: s.detections(detections_per_image=0), "detections_per_image must be at least 1, got 0"),
+    (
+        lambda s: s.detections(detections_per_image=0),
+        "detections_per_image must be an integer in 1.*, got 0",
+    ),
     (lambda s: s.roi_align(boxes=s.rois[:, :4]), r"boxes must have shape \(R, 5\), got \(1, 4\)"),
     (lambda s: s.roi_align(boxes=s.rois.to("meta")), "boxes must be on .*, where input is, got meta"),
     (lambda s: s.roi_align(boxes=s.rois.clone().requires_grad_()), "boxes must not require a gradient: roi_align has"),
-    (lambda s: s.roi_align(spatial_scale=NAN), r"spatial_scale must be positive and finite, got \[nan\]"),
+    (lambda s: s.roi_align(spatial_scale=NAN), "spatial_scale must be a finite number, got nan"),
     (lambda s: s.roi_align(output_size=0), "output_size must be one or two positive integers, got 0"),
-    (lambda s: s.roi_align(input=s.maps.long()), "input must have a floating point dtype, got torch.int64"),
+    (lambda s: s.roi_align(input=s.maps.long()), "input must be float32, bfloat16 or float16, got torch.int64"),
     (lambda s: s.roi_pool(boxes=s.rois.to("meta")), "boxes must be on .*, where input is, got meta"),
     (lambda s: s.roi_pool(boxes=s.rois.clone().requires_grad_()), "boxes must not require a gradient: roi_pool has"),
     (lambda s: s.roi_pool(input=s.maps[0]), r"input must have shape \(B, C, H, W\) with H, W > 0, got \(4, 5, 5\)"),
-    (lambda s: s.anchors(cells=s.boxes), r"cells must be float32 of shape \(L, A, 4\), got torch.float32 of \(2, 4\)"),
-    (lambda s: s.anchors(shapes=[(-1, 1)]), r"shapes must be heights and widths not below 0, got .*-1"),
-    (lambda s: s.anchors(strides=[0]), r"strides must be positive, got \(0,\)"),
+    (
+        lambda s: s.anchors(cells=s.boxes),
+        r"cells must be float32 of shape .*, got torch.float32 of \(2, 4\)",
+    ),
+    (lambda s: s.anchors(shapes=[(-1, 1)]), r"shapes\[0\] must be an integer in 0..2147483647, got -1"),
+    (lambda s: s.nms(boxes=s.boxes.numpy(force=True)), "boxes must be a torch.Tensor, got ndarray"),
+    (lambda s: s.nms(boxes=s.boxes.to_sparse()), "boxes must be a dense tensor, got torch.sparse_coo"),
+    (lambda s: s.nms(boxes=s.boxes.to(torch.float8_e5m2)), "boxes must be float32, bfloat16 or float16, got .*float8"),
+    (lambda s: s.nms(boxes=s.boxes.to("meta"), scores=s.elsewhere), "boxes must hold data, got a tensor on the meta"),
+    (lambda s: s.nms(iou_threshold="0.5"), "iou_threshold must be a number, got str"),
+    (lambda s: s.nms_padded(max_output=True), "max_output must be an integer, got True"),
+    (lambda s: s.nms_padded(max_output=1 << 40), r"max_output must be an integer in 0..2147483647, got 1099511627776"),
+    (lambda s: s.match(boxes=s.boxes.double()), "boxes must be float32, bfloat16 or float16, got torch.float64"),
+    (lambda s: s.match_anchors(seed=1.5), "seed must be an integer, got 1.5"),
+    (lambda s: s.match_anchors(step=0), "step must be a torch.Tensor, got int"),
+    (lambda s: s.match_anchors(batch_size_per_image=4.0), "batch_size_per_image must be an integer, got 4.0"),
+    (
+        lambda s: s.match_anchors(targets=replace(s.targets, image_ids=s.targets.image_ids.int())),
+        "targets.image_ids must be torch.int64, got torch.int32",
+    ),
+    (
+        lambda s: s.match_proposals(proposals=replace(s.candidates, count=s.candidates.count.int())),
+        "proposals.count must be torch.int64, got torch.int32",
+    ),
+    (
+        lambda s: s.match_proposals(proposals=replace(s.candidates, count=s.candidates.count.repeat(3))),
+        r"proposals.count must have shape \(1,\), got \(3,\)",
+    ),
+    (lambda s: s.proposals(post_nms_top_n=2.0), "post_nms_top_n must be an integer, got 2.0"),
+    (lambda s: s.proposals(level_sizes=[2.0]), r"level_sizes\[0\] must be an integer, got 2.0"),
+    (lambda s: s.detections(box_weights=(1, 1, 0, 1)), "box_weights must be 4 numbers above 0, got .*0"),
+    (lambda s: s.roi_align(boxes=[s.boxes, s.elsewhere]), r"boxes\[1\] must be on .*, where boxes\[0\] is, got meta"),
+    (lambda s: s.roi_align(boxes=5), "boxes must be a torch.Tensor or one tensor per image, got int"),
+    (lambda s: s.roi_align(output_size=2.0), "output_size must be one or two positive integers, got 2.0"),
+    (lambda s: s.roi_align(output_size=True), "output_size must be one or two positive integers, got True"),
+    (lambda s: s.roi_align(sampling_ratio=NAN), "sampling_ratio must be an integer, got nan"),
+    (lambda s: s.roi_align(sampling_ratio=10**8), "sampling_ratio must be at most 1024, got 100000000"),
+    (lambda s: s.pyramid(features=s.maps), "features must be a sequence of maps, got one torch.Tensor"),
+    (lambda s: s.pyramid(canonical_scale=0), "canonical_scale must be above 0, got 0"),
+    (lambda s: s.pyramid(canonical_level=NAN), "canonical_level must be a finite number, got nan"),
+    (lambda s: s.anchors(shapes=[(1.5, 2)]), r"shapes\[0\] must be an integer, got 1.5"),
+    (lambda s: s.anchors(strides=[float("inf")]), r"strides\[0\] must be a finite number, got inf"),
+    (lambda s: s.anchors(strides=[0]), r"strides\[0\] must be above 0, got 0"),
 ]
 
 
 @pytest.mark.parametrize(("call", "message"), CASES, ids=[message[:40] for _, message in CASES])
 def test_one_sentence_that_names_the_argument(device: torch.device, call: Spoil, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}") as raised:
+    with pytest.raises((TypeError, ValueError), match=f"^{message}") as raised:
         call(Sound(device))
     assert "\n" not in str(raised.value)
 
@@ -164,9 +217,38 @@ def test_one_sentence_that_names_the_argument(device: torch.device, call: Spoil,
 def test_the_sound_arguments_are_sound(device: torch.device) -> None:
     """Otherwise a case above might fail for another reason than the one that it spoils."""
     sound = Sound(device)
-    ops = ("nms", "batched_nms", "nms_padded", "match", "match_anchors", "match_proposals", "proposals", "detections")
-    for name in (*ops, "roi_align", "roi_pool", "anchors"):
+    for name in (*OPS, "anchors"):
         getattr(sound, name)()
+
+
+def off_the_boundary(x: Tensor) -> Tensor:
+    """The same values, contiguous, one element behind a 16-byte boundary, where kernels cannot read a box at once."""
+    view = x.new_zeros(x.numel() + 16).flatten()[1 : 1 + x.numel()].view(x.shape).copy_(x)
+    assert view.is_contiguous()
+    assert view.data_ptr() % 16
+    return view
+
+
+def test_tensors_off_the_16_byte_boundary(device: torch.device) -> None:
+    def moved(value: Any) -> Any:
+        return type(value)(**{name: off_the_boundary(x) for name, x in vars(value).items()})
+
+    sound, spoilt = Sound(device), Sound(device)
+    for name in ("boxes", "scores", "step", "maps", "rois"):
+        setattr(spoilt, name, off_the_boundary(getattr(sound, name)))
+    spoilt.targets, spoilt.candidates = moved(sound.targets), moved(sound.candidates)
+    for name in (*OPS, "anchors"):
+        found, expected = (getattr(each, name)() for each in (spoilt, sound))
+        pairs = [(found, expected)]
+        if not isinstance(found, Tensor):
+            pairs = list(zip(*(x if isinstance(x, tuple) else vars(x).values() for x in pairs[0]), strict=True))
+        assert all(torch.equal(a, b) for a, b in pairs), name
+
+
+def test_numbers_of_numpy_are_numbers(device: torch.device) -> None:
+    sound = Sound(device)
+    assert torch.equal(sound.roi_align(output_size=np.int64(2)), sound.roi_align())
+    assert torch.equal(sound.nms(iou_threshold=np.float32(0.5)), sound.nms())
 
 
 @pytest.mark.parametrize("op", ["nms", "batched_nms", "roi_align", "roi_pool", "proposals", "detections"])

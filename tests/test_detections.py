@@ -184,6 +184,12 @@ def test_a_box_that_grows_to_infinity_is_dropped(device: torch.device) -> None:
         assert run(torch.zeros(1, 2, device=device), deltas, found).count.tolist() == [count]
 
 
+def test_a_size_that_is_not_a_number_leaves_nothing(device: torch.device) -> None:
+    sizes = torch.tensor([[math.nan, 64.0]], device=device)
+    given = torch.zeros(1, 2, device=device), torch.zeros(1, 8, device=device), one([-4.0, -4.0, 8.0, 8.0], device)
+    assert detections(*given, sizes).count.tolist() == [0]
+
+
 def test_padding_never_detects(device: torch.device) -> None:
     logits, deltas, found = inputs(device, images=1)
     boxes = found.boxes.clone()
@@ -263,14 +269,17 @@ def test_no_images(device: torch.device) -> None:
         ({"logits": torch.zeros(89, 5)}, r"logits must have shape \(90, K \+ 1\), got \(89, 5\)"),
         ({"logits": torch.zeros(90, 1)}, r"logits must have shape \(90, K \+ 1\), got \(90, 1\)"),
         ({"deltas": torch.zeros(90, 4)}, r"deltas must have shape \(90, 20\), got \(90, 4\)"),
-        ({"deltas": torch.zeros(90, 20).half()}, "logits and deltas must have one floating point dtype, got "),
+        (
+            {"deltas": torch.zeros(90, 20).half()},
+            "deltas must have the dtype of logits, .*32, got .*16",
+        ),
         ({"image_sizes": torch.zeros(2, 2)}, r"image_sizes must have shape \(3, 2\), got \(2, 2\)"),
         ({"image_sizes": torch.zeros(3, 2).double()}, "image_sizes must be torch.float32, got torch.float64"),
         ({"score_threshold": math.nan}, r"score_threshold must lie in 0..1, got nan"),
         ({"score_threshold": -0.1}, r"score_threshold must lie in 0..1, got -0.1"),
         ({"iou_threshold": math.nan}, r"iou_threshold must lie in 0..1, got nan"),
-        ({"detections_per_image": 0}, "detections_per_image must be at least 1, got 0"),
-        ({"box_weights": (1.0, 1.0)}, r"box_weights must be 4 numbers, got \(1.0, 1.0\)"),
+        ({"detections_per_image": 0}, "detections_per_image must be an integer in 1.*, got 0"),
+        ({"box_weights": (1.0, 1.0)}, r"box_weights must be 4 numbers above 0, got \(1.0, 1.0\)"),
     ],
 )
 def test_errors(device: torch.device, change: dict[str, Any], message: str) -> None:

@@ -372,8 +372,8 @@ def test_the_function_is_exported() -> None:
     [
         (torch.zeros(3, 5), torch.zeros(3), 0.5, r"boxes must have shape \(N, 4\), got \(3, 5\)"),
         (torch.zeros(3, 4), torch.zeros(2), 0.5, r"scores must have shape \(3,\), got \(2,\)"),
-        (torch.zeros(3, 4).long(), torch.zeros(3), 0.5, "boxes must have a floating point dtype, got torch.int64"),
-        (torch.zeros(3, 4), torch.zeros(3).long(), 0.5, "scores must have a floating point dtype, got torch.int64"),
+        (torch.zeros(3, 4).long(), torch.zeros(3), 0.5, "boxes must be float32, bfloat16 or float16, got torch.int64"),
+        (torch.zeros(3, 4), torch.zeros(3).long(), 0.5, "scores must be float32, bfloat16 or float16, got torch.int64"),
         (torch.zeros(3, 4), torch.zeros(3), -0.1, r"iou_threshold must lie in 0\.\.1, got -0.1"),
         (torch.zeros(3, 4), torch.zeros(3), 1.1, r"iou_threshold must lie in 0\.\.1, got 1.1"),
         (torch.zeros(3, 4), torch.zeros(3), math.nan, r"iou_threshold must lie in 0\.\.1, got nan"),
@@ -399,7 +399,7 @@ def test_refuses_wrong_groups() -> None:
         ((2, 3), torch.zeros(2).long(), 1, r"boxes must have shape \(Q, M, 4\), got \(2, 3\)"),
         ((2, 3, 4), torch.zeros(3).long(), 1, r"count must have shape \(2,\), got \(3,\)"),
         ((2, 3, 4), torch.zeros(2), 1, "count must be torch.int64, got torch.float32"),
-        ((2, 3, 4), torch.zeros(2).long(), -1, "max_output must be an integer not below 0, got -1"),
+        ((2, 3, 4), torch.zeros(2).long(), -1, "max_output must be an integer in 0.*, got -1"),
     ],
 )
 def test_refuses_wrong_padding(shape: tuple[int, ...], count: Tensor, most: int, message: str) -> None:

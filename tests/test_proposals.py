@@ -123,6 +123,13 @@ def test_a_box_that_grows_to_infinity_is_dropped(device: torch.device) -> None:
     assert result.boxes[0].tolist() == [[0.0, 0.0, 8.0, 8.0], [0.0] * 4]
 
 
+def test_a_size_that_is_not_a_number_leaves_nothing(device: torch.device) -> None:
+    sizes = torch.tensor([[math.nan, 64.0], [48.0, math.nan]], device=device)
+    anchors = torch.tensor([[-8.0, -8.0, 8.0, 8.0], [0.0, 0.0, 8.0, 8.0]], device=device)
+    given = torch.zeros(2, 2, device=device), torch.zeros(2, 2, 4, device=device), anchors, sizes
+    assert proposals(*given, [2], pre_nms_top_n=2, post_nms_top_n=2).count.tolist() == [0, 0]
+
+
 def test_nothing_finite(device: torch.device) -> None:
     objectness, deltas = outputs(device)
     result = run(objectness.fill_(math.nan), deltas)
@@ -195,14 +202,17 @@ def test_no_gradient(device: torch.device) -> None:
         ({"anchors": torch.zeros(191, 4)}, r"anchors must have shape \(192, 4\), got \(191, 4\)"),
         ({"image_sizes": torch.zeros(3, 2)}, r"image_sizes must have shape \(2, 2\), got \(3, 2\)"),
         ({"level_sizes": [100, 91]}, r"level_sizes must add up to 192 anchors, got \(100, 91\)"),
-        ({"level_sizes": [193, -1]}, r"level_sizes must add up to 192 anchors, got \(193, -1\)"),
-        ({"deltas": torch.zeros(2, 192, 4).half()}, "objectness and deltas must have one floating point dtype, got "),
+        ({"level_sizes": [193, -1]}, r"level_sizes\[1\] must be an integer in 0.*, got -1"),
+        (
+            {"deltas": torch.zeros(2, 192, 4).half()},
+            "deltas must have the dtype of objectness, .*32, got",
+        ),
         ({"anchors": torch.zeros(192, 4).double()}, "anchors must be torch.float32, got torch.float64"),
         ({"image_sizes": torch.zeros(2, 2).long()}, "image_sizes must be torch.float32, got torch.int64"),
         ({"min_size": math.nan}, "min_size must be at least 0, got nan"),
         ({"iou_threshold": -0.1}, r"iou_threshold must lie in 0..1, got -0.1"),
-        ({"pre_nms_top_n": 0}, "pre_nms_top_n must be at least 1, got 0"),
-        ({"post_nms_top_n": 0}, "post_nms_top_n must be at least 1, got 0"),
+        ({"pre_nms_top_n": 0}, "pre_nms_top_n must be an integer in 1.*, got 0"),
+        ({"post_nms_top_n": 0}, "post_nms_top_n must be an integer in 1.*, got 0"),
     ],
 )
 def test_errors(device: torch.device, change: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 
 import pytest
 import reference
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor
 
 from rcnn.kernels import roi_align as module_function
-from rcnn.kernels.roi_align import multiscale_roi_align, roi_align
+from rcnn.kernels.roi_align import FAR, multiscale_roi_align, roi_align
+from rcnn.kernels.roi_pool import roi_pool
 
 LAST = torch.channels_last
+MODULE = sys.modules[roi_align.__module__]  # its name in the package is the function
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -260,17 +263,17 @@ MAPS, ROIS = torch.zeros(2, 3, 4, 4), torch.zeros(1, 5)
     [
         (torch.zeros(2, 3, 4), ROIS, 7, 1.0, r"input must have shape \(B, C, H, W\) with H, W > 0, got \(2, 3, 4\)"),
         (torch.zeros(2, 3, 0, 4), ROIS, 7, 1.0, r"with H, W > 0, got \(2, 3, 0, 4\)"),
-        (MAPS.long(), ROIS, 7, 1.0, "input must have a floating point dtype, got torch.int64"),
+        (MAPS.long(), ROIS, 7, 1.0, "input must be float32, bfloat16 or float16, got torch.int64"),
         (MAPS, torch.zeros(1, 4), 7, 1.0, r"boxes must have shape \(R, 5\), got \(1, 4\)"),
-        (MAPS, ROIS.long(), 7, 1.0, "boxes must have a floating point dtype, got torch.int64"),
+        (MAPS, ROIS.long(), 7, 1.0, "boxes must be float32, bfloat16 or float16, got torch.int64"),
         (MAPS, ROIS + 2, 7, 1.0, r"boxes must name images 0\.\.1, got 2.0\.\.2.0"),
         (MAPS, ROIS - 1, 7, 1.0, r"boxes must name images 0\.\.1, got -1.0\.\.-1.0"),
         (MAPS, [torch.zeros(1, 5)], 7, 1.0, r"boxes\[0\] must have shape \(n, 4\), got \(1, 5\)"),
         (MAPS, [], 7, 1.0, "boxes must hold one tensor per image, got an empty list"),
         (MAPS, ROIS, 0, 1.0, "output_size must be one or two positive integers, got 0"),
         (MAPS, ROIS, (7, 7, 7), 1.0, r"output_size must be one or two positive integers, got \(7, 7, 7\)"),
-        (MAPS, ROIS, 7, -1.0, r"spatial_scale must be positive and finite, got \[-1.0\]"),
-        (MAPS, ROIS, 7, math.nan, r"spatial_scale must be positive and finite, got \[nan\]"),
+        (MAPS, ROIS, 7, -1.0, "spatial_scale must be above 0, got -1.0"),
+        (MAPS, ROIS, 7, math.nan, "spatial_scale must be a finite number, got nan"),
     ],
 )
 def test_refuses(maps: Tensor, rois: Tensor, size: int, scale: float, message: str) -> None:
@@ -298,3 +301,38 @@ def test_refuses_boxes_that_require_a_gradient(device: torch.device) -> None:
         multiscale_roi_align([maps, maps], rois, 7, [0.5, 0.25])
     with torch.no_grad():
         assert roi_align(maps, rois, 7).shape == (1, 3, 7, 7)
+
+
+def test_regions_far_larger_than_the_map(device: torch.device) -> None:
+    """A billion samples in a bin, of which a few lie on the map, are not visited one by one."""
+    ones = torch.ones(1, 4, 6, 6, device=device, requires_grad=True)
+    # A bin of 2 ** 20 cells has as many samples; those on the map of 6 cells and one cell around it are 7.
+    large = torch.tensor([[0.0, -(2**19), -(2**19), 2**19, 2**19]], device=device)
+    output = roi_align(ones, large, 1)
+    assert torch.equal(output.cpu(), torch.full((1, 4, 1, 1), (7 / 2**20) ** 2))
+    output.sum().backward()
+    assert ones.grad is not None
+    # Seven samples in y and x; the sums of weights are exact.
+    assert torch.equal(ones.grad.sum(dim=(2, 3)).cpu(), output.detach().view(1, 4).cpu())
+    for extent in (1e9, 1e30, 3e38):
+        rois = torch.tensor([[0.0, -extent, -extent, extent, extent], [0, 0, 0, extent, extent]], device=device)
+        for aligned in (False, True):
+            output = roi_align(ones, rois, 2, 1.0, -1, aligned)
+            assert bool(((output >= 0) & (output < 1e-6)).all())
+            (grad,) = torch.autograd.grad(output.sum(), ones)
+            assert bool(((grad >= 0) & (grad < 1e-6)).all())
+        assert roi_pool(ones, rois, 2, 4.0).isfinite().all()
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_listing_only_what_lies_inside_changes_nothing(aligned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regions on either side of the limit from which on samples outside the map are not even listed."""
+    maps = torch.randn(2, 3, 9, 13, generator=torch.Generator().manual_seed(3))
+    near = random_regions(40, 2, 60, seed=4).float()
+    far = near * torch.tensor([1.0, 100, 100, 100, 100])
+    turned = far[:, [0, 3, 4, 1, 2]]
+    for rois in (near, far, turned):
+        expected = roi_align(maps, rois, (3, 2), 1.0, -1, aligned)
+        monkeypatch.setattr(MODULE, "FAR", 0)
+        assert torch.equal(roi_align(maps, rois, (3, 2), 1.0, -1, aligned), expected)
+        monkeypatch.setattr(MODULE, "FAR", FAR)

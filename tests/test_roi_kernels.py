@@ -164,27 +164,6 @@ def assert_sums_agree(
         assert bool(((one.cpu() - other).abs() <= (count + 3) * EPS * size).all())
 
 
-def test_regions_far_larger_than_the_map(device: torch.device) -> None:
-    """A billion samples in a bin, of which a few lie on the map, are not visited one by one."""
-    ones = torch.ones(1, 4, 6, 6, device=device, requires_grad=True)
-    # A bin of 2 ** 20 cells has as many samples; those on the map of 6 cells and one cell around it are 7.
-    large = torch.tensor([[0.0, -(2**19), -(2**19), 2**19, 2**19]], device=device)
-    output = roi_align(ones, large, 1)
-    assert torch.equal(output.cpu(), torch.full((1, 4, 1, 1), (7 / 2**20) ** 2))
-    output.sum().backward()
-    assert ones.grad is not None
-    # Seven samples in y and x; the sums of weights are exact.
-    assert torch.equal(ones.grad.sum(dim=(2, 3)).cpu(), output.detach().view(1, 4).cpu())
-    for extent in (1e9, 1e30, 3e38):
-        rois = torch.tensor([[0.0, -extent, -extent, extent, extent], [0, 0, 0, extent, extent]], device=device)
-        for aligned in (False, True):
-            output = roi_align(ones, rois, 2, 1.0, -1, aligned)
-            assert bool(((output >= 0) & (output < 1e-6)).all())
-            (grad,) = torch.autograd.grad(output.sum(), ones)
-            assert bool(((grad >= 0) & (grad < 1e-6)).all())
-        assert roi_pool(ones, rois, 2, 4.0).isfinite().all()
-
-
 def test_regions_of_no_image_give_zeros(device: torch.device) -> None:
     """The CPU body raises; here nobody waits for the answer."""
     index = torch.tensor([0.0, -1, 2, math.nan, 1e30, -math.inf, math.inf, -0.5, 1.5])

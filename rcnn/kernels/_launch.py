@@ -98,6 +98,12 @@ def uses_kernels(x: Tensor) -> bool:
     return x.is_cuda
 
 
+def dense(x: Tensor) -> Tensor:
+    """The same values, contiguous and from a 16-byte boundary on, as kernels that read a box at a time need them."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def launch(
     source: CudaSource,
     kernel: str,

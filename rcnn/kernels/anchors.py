@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rcnn.kernels import _launch
+from rcnn.kernels.checks import check_real, check_tensors, check_whole
 
 #: Anchor grids kept for re-use; a batch of another size than the last ones makes its own.
 _CACHED = 16
@@ -47,7 +48,7 @@ def cell_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tens
     return (torch.stack((-widths, -heights, widths, heights), dim=1) / 2).round()
 
 
-def anchors(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Tensor:
+def anchors(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[float]) -> Tensor:
     """Anchors of all levels of an image, ``cell + (x * stride, y * stride)``.
 
     The order is level, row, column, anchor of the cell: the order of a convolution's output ``(A, H, W)`` permuted to
@@ -63,30 +64,39 @@ def anchors(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[
         ``(N, 4)`` float32, pixels, with ``N = A * sum(height * width)``, on the device of ``cells``.
 
     Raises:
+        TypeError: an argument is no tensor, a side of a shape no integer or a stride no number.
         ValueError: ``cells`` has another shape or type, the number of shapes or strides is not ``L``, or one of
             them is out of range.
 
     Source:
         torchvision, ``AnchorGenerator.grid_anchors``; here the stride is given and not derived from the image's size.
     """
-    if cells.dim() != 3 or cells.shape[2] != 4 or cells.dtype != torch.float32:
-        raise ValueError(f"cells must be float32 of shape (L, A, 4), got {cells.dtype} of {tuple(cells.shape)}")
+    check_tensors({"cells": cells})
+    if cells.dim() != 3 or cells.shape[0] < 1 or cells.shape[2] != 4 or cells.dtype != torch.float32:
+        raise ValueError(
+            f"cells must be float32 of shape (L, A, 4) with L at least 1, got {cells.dtype} of {tuple(cells.shape)}"
+        )
     if len(shapes) != len(cells) or len(strides) != len(cells):
         raise ValueError(
             f"shapes and strides must have one entry for each of {len(cells)} levels, "
             f"got {len(shapes)} shapes and {len(strides)} strides"
         )
-    if any(height < 0 or width < 0 for height, width in shapes):
-        raise ValueError(f"shapes must be heights and widths not below 0, got {list(shapes)}")
-    if any(not stride > 0 for stride in strides):
-        raise ValueError(f"strides must be positive, got {tuple(strides)}")
-    version = 0 if cells.is_inference() else cells._version
-    key = (id(cells), version, tuple((int(h), int(w)) for h, w in shapes), tuple(int(s) for s in strides))
+    for level, (shape, stride) in enumerate(zip(shapes, strides, strict=True)):
+        if len(shape) != 2:
+            raise ValueError(f"shapes[{level}] must be a height and a width, got {shape}")
+        for side in shape:
+            check_whole(f"shapes[{level}]", side, 0)
+        check_real(f"strides[{level}]", stride)
+        if not stride > 0:
+            raise ValueError(f"strides[{level}] must be above 0, got {stride}")
+    body = _cuda if _launch.uses_kernels(cells) else _cpu
+    if cells.is_inference():  # such a tensor does not tell that it was changed
+        return body(cells, shapes, strides)
+    key = id(cells), cells._version, tuple(map(tuple, shapes)), tuple(map(float, strides))
     found = _cache.get(key)
     if found is None:
         # A cached tensor outlives the call, so it must be usable in training too. Holding `cells` keeps its id taken.
         with torch.inference_mode(False), torch.no_grad():
-            body = _cuda if _launch.uses_kernels(cells) else _cpu
             found = (cells, body(cells, shapes, strides))
         _cache[key] = found
         while len(_cache) > _CACHED:
@@ -101,7 +111,7 @@ def kept() -> list[Tensor]:
     return [grid for _, grid in _cache.values()]
 
 
-def _cpu(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Tensor:
+def _cpu(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[float]) -> Tensor:
     levels = []
     for cell, (height, width), stride in zip(cells, shapes, strides, strict=True):
         x = torch.arange(width, device=cells.device, dtype=torch.float32) * stride
@@ -112,8 +122,8 @@ def _cpu(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[int
     return torch.cat(levels)
 
 
-def _cuda(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Tensor:
-    cells = cells.contiguous()
+def _cuda(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[float]) -> Tensor:
+    cells = _launch.dense(cells)
     counts = [int(height) * int(width) * cells.shape[1] for height, width in shapes]
     grids = cells.new_empty(sum(counts), 4)
     start = 0

@@ -47,7 +47,9 @@ __device__ __forceinline__ float box_iou(const Box& a, float area_a, const Box& 
 }
 
 __device__ __forceinline__ float clip_to(float x, float high) {
-    return x < 0.0f ? 0.0f : (x > high ? high : x);
+    const float above = x < 0.0f ? 0.0f : x;
+    if (above > high) return high;
+    return above <= high ? above : above + high;  // one of them is NaN
 }
 
 // Corners moved into an image of height by width pixels.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rcnn import boxes as box
 from rcnn.kernels import _launch
-from rcnn.kernels.checks import same_device
+from rcnn.kernels.checks import check_floating, check_real, check_tensors, check_weights, check_whole
 from rcnn.kernels.nms import nms_padded, thin
 from rcnn.kernels.sorting import sort_rows
 from rcnn.structures import Detections, Proposals
@@ -57,11 +57,21 @@ def detections(
         Detections with D rows per image.
 
     Raises:
+        TypeError: an argument is not a tensor, or not a number, where one is needed.
         ValueError: an argument has another shape or dtype, the threshold is not in 0..1, or the capacity is below 1.
 
     Source:
         torchvision, ``RoIHeads.postprocess_detections``, which decodes the boxes of all classes first.
     """
+    check_tensors(
+        {
+            "logits": logits,
+            "deltas": deltas,
+            "proposals.boxes": proposals.boxes,
+            "proposals.count": proposals.count,
+            "image_sizes": image_sizes,
+        }
+    )
     if proposals.boxes.dim() != 3 or proposals.boxes.shape[2] != 4:
         raise ValueError(f"proposals.boxes must have shape (B, P, 4), got {tuple(proposals.boxes.shape)}")
     images, capacity = proposals.boxes.shape[:2]
@@ -74,8 +84,9 @@ def detections(
     ):
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-    if deltas.dtype != logits.dtype or not logits.is_floating_point():
-        raise ValueError(f"logits and deltas must have one floating point dtype, got {logits.dtype} and {deltas.dtype}")
+    check_floating("logits", logits, torch.float64)
+    if deltas.dtype != logits.dtype:
+        raise ValueError(f"deltas must have the dtype of logits, {logits.dtype}, got {deltas.dtype}")
     for name, tensor, dtype in (
         ("proposals.boxes", proposals.boxes, torch.float32),
         ("proposals.count", proposals.count, torch.int64),
@@ -83,21 +94,10 @@ def detections(
     ):
         if tensor.dtype != dtype:
             raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
-    same_device(
-        {
-            "logits": logits,
-            "deltas": deltas,
-            "proposals.boxes": proposals.boxes,
-            "proposals.count": proposals.count,
-            "image_sizes": image_sizes,
-        }
-    )
-    if not 0 <= score_threshold <= 1:
-        raise ValueError(f"score_threshold must lie in 0..1, got {score_threshold}")
-    if detections_per_image < 1:
-        raise ValueError(f"detections_per_image must be at least 1, got {detections_per_image}")
-    if len(box_weights) != 4:
-        raise ValueError(f"box_weights must be 4 numbers, got {tuple(box_weights)}")
+    check_real("score_threshold", score_threshold, 0, 1)
+    check_real("iou_threshold", iou_threshold, 0, 1)
+    check_whole("detections_per_image", detections_per_image, 1)
+    check_weights(box_weights)
     body = _cuda if _launch.uses_kernels(logits) else _cpu
     return body(
         logits, deltas, proposals, image_sizes, score_threshold, iou_threshold, detections_per_image, box_weights
@@ -171,8 +171,8 @@ def _cuda(
     images, capacity = proposals.boxes.shape[:2]
     classes, dtype, device = logits.shape[1], logits.dtype, logits.device
     segments = images * (classes - 1)
-    logits, deltas, image_sizes = logits.contiguous(), deltas.contiguous(), image_sizes.contiguous()
-    rois, used = proposals.boxes.contiguous(), proposals.count.contiguous()
+    logits, deltas, image_sizes = (_launch.dense(x) for x in (logits, deltas, image_sizes))
+    rois, used = _launch.dense(proposals.boxes), _launch.dense(proposals.count)
 
     # One fill: the candidates of every segment, and the survivors of every image.
     counts = torch.zeros(segments + images, dtype=torch.int64, device=device)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rcnn import boxes as box
 from rcnn.kernels import _launch
-from rcnn.kernels.checks import same_device
+from rcnn.kernels.checks import check_floating, check_real, check_tensors, check_weights, check_whole
 from rcnn.kernels.matching_cpu import match_cpu
 from rcnn.kernels.sampling import ANCHORS, PROPOSALS, image_keys, list_sizes, sample
 from rcnn.structures import AnchorSamples, Proposals, Samples, Targets
@@ -56,18 +56,19 @@ def match(
         matched: ``(B, N)`` int64, row in ``gt_boxes`` where the label is 1, else -1.
 
     Raises:
+        TypeError: an argument is not a tensor, or not a number, where one is needed.
         ValueError: an argument has another shape, or the thresholds are out of order.
 
     Source:
         torchvision, ``Matcher``; there a ground-truth box that overlaps nothing makes every box positive, an image
         without ground truth is refused, and ignore regions do not exist.
     """
+    check_tensors({"boxes": boxes, "gt_boxes": gt_boxes, "gt_labels": gt_labels, "gt_offsets": gt_offsets})
     images = _check_ground_truth(gt_boxes, gt_labels, gt_offsets)
     _check_thresholds(high_threshold, low_threshold)
     if boxes.dim() not in (2, 3) or boxes.shape[-1] != 4 or (boxes.dim() == 3 and boxes.shape[0] != images):
         raise ValueError(f"boxes must have shape (N, 4) or ({images}, N, 4), got {tuple(boxes.shape)}")
-    _check_floating("boxes", boxes)
-    same_device({"boxes": boxes, "gt_boxes": gt_boxes, "gt_labels": gt_labels, "gt_offsets": gt_offsets})
+    check_floating("boxes", boxes)
     body = _match_cuda if _launch.uses_kernels(boxes) else match_cpu
     return body(
         boxes.detach(),
@@ -117,21 +118,22 @@ def match_anchors(
         has IoU > 0 with its ground truth, so neither is empty and deltas are finite.
 
     Raises:
+        TypeError: an argument is not a tensor, or not a number, where one is needed.
         ValueError: an argument has another shape or range.
 
     Source:
         Ren et al., Faster R-CNN (2015), section 3.1.2; torchvision, ``RegionProposalNetwork``, which draws by
         ``randperm``.
     """
+    check_tensors({"anchors": anchors, "step": step} | _named(targets))
     _check_targets(targets)
     _check_thresholds(high_threshold, low_threshold)
-    _check_sampling(step, batch_size_per_image, positive_fraction)
+    _check_sampling(seed, step, batch_size_per_image, positive_fraction)
     if anchors.dim() != 2 or anchors.shape[0] < 1 or anchors.shape[1] != 4:
         raise ValueError(f"anchors must have shape (N, 4) with N at least 1, got {tuple(anchors.shape)}")
-    _check_floating("anchors", anchors)
-    same_device({"anchors": anchors, "step": step} | _named(targets))
-    if allowed_border is not None and not math.isfinite(allowed_border):
-        raise ValueError(f"allowed_border must be a finite number or None, got {allowed_border}")
+    check_floating("anchors", anchors)
+    if allowed_border is not None:
+        check_real("allowed_border", allowed_border)
     body = _match_anchors_cuda if _launch.uses_kernels(anchors) else _match_anchors_cpu
     positives = int(batch_size_per_image * positive_fraction)
     thresholds = high_threshold, low_threshold
@@ -172,23 +174,24 @@ def match_proposals(
         S rows for each image: positives, negatives, padding, the first two by rising key.
 
     Raises:
+        TypeError: an argument is not a tensor, or not a number, where one is needed.
         ValueError: an argument has another shape or range.
 
     Source:
         torchvision, ``RoIHeads.select_training_samples``.
     """
+    check_tensors(
+        {"proposals.boxes": proposals.boxes, "proposals.count": proposals.count, "step": step} | _named(targets)
+    )
     images = _check_targets(targets)
     _check_thresholds(high_threshold, low_threshold)
-    _check_sampling(step, batch_size_per_image, positive_fraction)
+    _check_sampling(seed, step, batch_size_per_image, positive_fraction)
     shape = tuple(proposals.boxes.shape)
     if len(shape) != 3 or shape[0] != images or shape[1] < 1 or shape[2] != 4:
         raise ValueError(f"proposals.boxes must have shape ({images}, P, 4) with P at least 1, got {shape}")
-    _check_floating("proposals.boxes", proposals.boxes)
-    same_device(
-        {"proposals.boxes": proposals.boxes, "proposals.count": proposals.count, "step": step} | _named(targets)
-    )
-    if len(box_weights) != 4 or not all(math.isfinite(weight) for weight in box_weights):
-        raise ValueError(f"box_weights must be 4 numbers, got {tuple(box_weights)}")
+    check_floating("proposals.boxes", proposals.boxes)
+    _check_int64("proposals.count", proposals.count, (images,))
+    check_weights(box_weights)
     body = _match_proposals_cuda if _launch.uses_kernels(proposals.boxes) else _match_proposals_cpu
     positives = int(batch_size_per_image * positive_fraction)
     thresholds = high_threshold, low_threshold
@@ -198,20 +201,19 @@ def match_proposals(
 def _check_ground_truth(gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor) -> int:
     if gt_boxes.dim() != 2 or gt_boxes.shape[1] != 4:
         raise ValueError(f"gt_boxes must have shape (G, 4), got {tuple(gt_boxes.shape)}")
-    if gt_labels.shape != gt_boxes.shape[:1]:
-        raise ValueError(f"gt_labels must have shape ({gt_boxes.shape[0]},), got {tuple(gt_labels.shape)}")
     if gt_offsets.dim() != 1 or gt_offsets.shape[0] < 2:
         raise ValueError(f"gt_offsets must have shape (B + 1,) with B at least 1, got {tuple(gt_offsets.shape)}")
-    _check_floating("gt_boxes", gt_boxes)
-    for name, tensor in (("gt_labels", gt_labels), ("gt_offsets", gt_offsets)):
-        if tensor.dtype != torch.int64:
-            raise ValueError(f"{name} must be torch.int64, got {tensor.dtype}")
+    check_floating("gt_boxes", gt_boxes)
+    _check_int64("gt_labels", gt_labels, gt_boxes.shape[:1])
+    _check_int64("gt_offsets", gt_offsets, gt_offsets.shape)
     return gt_offsets.shape[0] - 1
 
 
-def _check_floating(name: str, x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise ValueError(f"{name} must have a floating point dtype, got {x.dtype}")
+def _check_int64(name: str, x: Tensor, shape: Sequence[int]) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+    if x.dtype != torch.int64:
+        raise ValueError(f"{name} must be torch.int64, got {x.dtype}")
 
 
 def _named(targets: Targets) -> dict[str, Tensor]:
@@ -220,28 +222,29 @@ def _named(targets: Targets) -> dict[str, Tensor]:
 
 def _check_targets(targets: Targets) -> int:
     images = _check_ground_truth(targets.boxes, targets.labels, targets.offsets)
-    if targets.image_ids.shape != (images,) or targets.image_sizes.shape != (images, 2):
-        raise ValueError(
-            f"targets.image_ids and targets.image_sizes must have shapes ({images},) and ({images}, 2), "
-            f"got {tuple(targets.image_ids.shape)} and {tuple(targets.image_sizes.shape)}"
-        )
+    _check_int64("targets.image_ids", targets.image_ids, (images,))
+    if targets.image_sizes.shape != (images, 2):
+        raise ValueError(f"targets.image_sizes must have shape ({images}, 2), got {tuple(targets.image_sizes.shape)}")
+    check_floating("targets.image_sizes", targets.image_sizes)
     return images
 
 
 def _check_thresholds(high_threshold: float, low_threshold: float) -> None:
+    check_real("high_threshold", high_threshold)
+    check_real("low_threshold", low_threshold)
     if not 0 < low_threshold <= high_threshold:
         raise ValueError(
             f"thresholds must satisfy 0 < low_threshold <= high_threshold, got {low_threshold} and {high_threshold}"
         )
 
 
-def _check_sampling(step: Tensor, batch_size_per_image: int, positive_fraction: float) -> None:
+def _check_sampling(seed: int, step: Tensor, batch_size_per_image: int, positive_fraction: float) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
     if step.dim() != 0 or step.dtype != torch.int64:
         raise ValueError(f"step must be an int64 tensor of shape (), got {step.dtype} of {tuple(step.shape)}")
-    if batch_size_per_image < 1:
-        raise ValueError(f"batch_size_per_image must be at least 1, got {batch_size_per_image}")
-    if not 0 <= positive_fraction <= 1:
-        raise ValueError(f"positive_fraction must be in 0..1, got {positive_fraction}")
+    check_whole("batch_size_per_image", batch_size_per_image, 1)
+    check_real("positive_fraction", positive_fraction, 0, 1)
 
 
 def _match_anchors_cpu(
@@ -352,10 +355,10 @@ def _match_cuda(
     low_threshold: float,
     low_quality: bool,
 ) -> tuple[Tensor, Tensor]:
-    truth = _truth("gt_boxes", gt_boxes, gt_labels, gt_offsets)
+    truth = _truth(gt_boxes, gt_labels, gt_offsets)
     reach = gt_boxes.new_zeros(gt_boxes.shape[0], dtype=torch.int32) if low_quality else None
     thresholds = high_threshold, low_threshold
-    state = _assign(_float32("boxes", boxes), None, math.inf, truth, thresholds, reach, None).to(torch.int64)
+    state = _assign(_float32(boxes), None, math.inf, truth, thresholds, reach, None).to(torch.int64)
     return (state + 1).clamp_(max=1), state.clamp_(min=-1)
 
 
@@ -369,9 +372,9 @@ def _match_anchors_cuda(
     positives: int,
     allowed_border: float | None,
 ) -> AnchorSamples:
-    images, anchors = targets.image_ids.shape[0], _float32("anchors", anchors)
-    truth = _truth("targets.boxes", targets.boxes, targets.labels, targets.offsets)
-    sizes = None if allowed_border is None else _float32("targets.image_sizes", targets.image_sizes)
+    images, anchors = targets.image_ids.shape[0], _float32(anchors)
+    truth = _truth(targets.boxes, targets.labels, targets.offsets)
+    sizes = None if allowed_border is None else _float32(targets.image_sizes)
     border = math.inf if allowed_border is None else allowed_border
     tally, found, reach = _counters(targets, targets.boxes.shape[0])
     state = _assign(anchors, sizes, border, truth, thresholds, reach, tally)
@@ -392,14 +395,14 @@ def _match_proposals_cuda(
     positives: int,
     box_weights: Sequence[float],
 ) -> Samples:
-    boxes = _float32("proposals.boxes", proposals.boxes)
-    truth = _truth("targets.boxes", targets.boxes, targets.labels, targets.offsets)
+    boxes = _float32(proposals.boxes)
+    truth = _truth(targets.boxes, targets.labels, targets.offsets)
     (images, capacity), rows = boxes.shape[:2], targets.boxes.shape[0]
     tally, found, _ = _counters(targets, 0)
     # Ground truth joins in the kernels: an image could own all rows, so there is room for them.
     count = capacity + rows
     state = tally.new_empty(images, count)
-    candidates = boxes, proposals.count.contiguous(), np.int32(capacity), np.int32(count)
+    candidates = boxes, _launch.dense(proposals.count), np.int32(capacity), np.int32(count)
     high, low = (np.float32(threshold) for threshold in thresholds)
     grid = -(-count // THREADS), images
     _launch.launch(SOURCE, "match_assign_proposals", grid, THREADS, (*candidates, *truth, high, low, state, tally))
@@ -477,16 +480,10 @@ def _draw(kernel: str, draw: tuple[Tensor | np.generic, ...], rest: tuple[Tensor
     _launch.launch(SOURCE, kernel, (-(-capacity // THREADS), 2, lists // 2), THREADS, (*draw, *rest))
 
 
-def _truth(
-    name: str, gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor
-) -> tuple[Tensor, Tensor, Tensor, np.int32]:
+def _truth(gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, np.int32]:
     rows = np.int32(gt_boxes.shape[0])
-    return _float32(name, gt_boxes), gt_labels.contiguous(), gt_offsets.contiguous(), rows
+    return _float32(gt_boxes), gt_labels.contiguous(), gt_offsets.contiguous(), rows
 
 
-def _float32(name: str, x: Tensor) -> Tensor:
-    """Dense float32 on a 16-byte boundary, which kernels read a box at a time."""
-    if x.dtype == torch.float64:
-        raise ValueError(f"{name} must be float32, bfloat16 or float16 on a GPU, got torch.float64")
-    x = x.detach().to(torch.float32).contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
+def _float32(x: Tensor) -> Tensor:
+    return _launch.dense(x.detach().to(torch.float32))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rcnn.kernels import _launch
-from rcnn.kernels.checks import same_device
+from rcnn.kernels.checks import check_floating, check_real, check_tensors, check_whole
 
 #: Boxes of one problem that are settled together.
 CHUNK = 128
@@ -52,6 +52,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         ``(n,)`` int64, indices of the kept boxes by falling score.
 
     Raises:
+        TypeError: an argument is not a tensor, or not a number, where one is needed.
         ValueError: a shape, dtype, device or threshold is wrong.
 
     Source:
@@ -77,15 +78,16 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         ``(n,)`` int64, indices of the kept boxes of all classes by falling score, at equal scores by index.
 
     Raises:
+        TypeError: an argument is not a tensor, or not a number, where one is needed.
         ValueError: a shape, dtype, device or threshold is wrong.
 
     Source:
         The per-class loop of ``torchvision.ops.batched_nms``. No coordinate is shifted, so none loses precision.
     """
     _check(boxes, scores, iou_threshold)
+    check_tensors({"boxes": boxes, "idxs": idxs})
     if idxs.shape != scores.shape:
         raise ValueError(f"idxs must have shape ({len(boxes)},), got {tuple(idxs.shape)}")
-    same_device({"boxes": boxes, "idxs": idxs})
     if idxs.is_floating_point() or idxs.is_complex():
         raise ValueError(f"idxs must have an integer dtype, got {idxs.dtype}")
     if _launch.uses_kernels(boxes):
@@ -107,38 +109,35 @@ def nms_padded(boxes: Tensor, count: Tensor, iou_threshold: float, max_output: i
         of them are in use.
 
     Raises:
+        TypeError: an argument is not a tensor, or not a number, where one is needed.
         ValueError: a shape, dtype, device, threshold or capacity is wrong.
     """
+    check_tensors({"boxes": boxes, "count": count})
     if boxes.dim() != 3 or boxes.shape[2] != 4:
         raise ValueError(f"boxes must have shape (Q, M, 4), got {tuple(boxes.shape)}")
     if count.shape != boxes.shape[:1]:
         raise ValueError(f"count must have shape ({boxes.shape[0]},), got {tuple(count.shape)}")
-    same_device({"boxes": boxes, "count": count})
     if count.dtype != torch.int64:
         raise ValueError(f"count must be torch.int64, got {count.dtype}")
-    if isinstance(max_output, bool) or not isinstance(max_output, int) or max_output < 0:
-        raise ValueError(f"max_output must be an integer not below 0, got {max_output!r}")
+    check_whole("max_output", max_output, 0)
     _check_boxes(boxes, iou_threshold)
     body = _nms_padded_cuda if _launch.uses_kernels(boxes) else _nms_padded_cpu
     return body(boxes.detach(), count, iou_threshold, max_output)
 
 
 def _check(boxes: Tensor, scores: Tensor, iou_threshold: float) -> None:
+    check_tensors({"boxes": boxes, "scores": scores})
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(f"boxes must have shape (N, 4), got {tuple(boxes.shape)}")
     if scores.shape != boxes.shape[:1]:
         raise ValueError(f"scores must have shape ({boxes.shape[0]},), got {tuple(scores.shape)}")
-    same_device({"boxes": boxes, "scores": scores})
-    if not scores.is_floating_point():
-        raise ValueError(f"scores must have a floating point dtype, got {scores.dtype}")
+    check_floating("scores", scores, torch.float64)
     _check_boxes(boxes, iou_threshold)
 
 
 def _check_boxes(boxes: Tensor, iou_threshold: float) -> None:
-    if not boxes.is_floating_point():
-        raise ValueError(f"boxes must have a floating point dtype, got {boxes.dtype}")
-    if not 0 <= iou_threshold <= 1:
-        raise ValueError(f"iou_threshold must lie in 0..1, got {iou_threshold}")
+    check_floating("boxes", boxes, torch.float64)
+    check_real("iou_threshold", iou_threshold, 0, 1)
 
 
 def _nms_cpu(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float) -> Tensor:
@@ -308,7 +307,7 @@ def _nms_padded_cuda(boxes: Tensor, count: Tensor, iou_threshold: float, max_out
     kept = count.new_zeros((problems, max_output))
     if not rows or not max_output:
         return kept, torch.zeros_like(count)
-    inputs = (_float32(boxes), count.contiguous(), np.int32(rows), np.int32(max_output))
+    inputs = (_float32(boxes), _launch.dense(count), np.int32(rows), np.int32(max_output))
     return kept, _solve_cuda("nms_padded", inputs, problems, rows, iou_threshold, kept)
 
 
@@ -344,4 +343,4 @@ def _by_score(scores: Tensor) -> Tensor:
 def _float32(boxes: Tensor) -> Tensor:
     if boxes.dtype == torch.float64:
         raise ValueError("boxes must be float32, bfloat16 or float16 on a GPU, got torch.float64")
-    return boxes.float().contiguous()
+    return _launch.dense(boxes.float())

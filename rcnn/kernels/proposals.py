@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rcnn import boxes as box
 from rcnn.kernels import _launch
-from rcnn.kernels.checks import same_device
+from rcnn.kernels.checks import check_floating, check_real, check_tensors, check_whole
 from rcnn.kernels.nms import nms_padded, thin
 from rcnn.kernels.sorting import sort_rows
 from rcnn.structures import Proposals
@@ -59,6 +59,7 @@ def proposals(
         Proposals with P = ``post_nms_top_n`` rows per image; scores are logits.
 
     Raises:
+        TypeError: an argument is not a tensor, or not a number, where one is needed.
         ValueError: an argument has another shape or dtype, a capacity is less than 1, or ``min_size`` is negative.
 
     Source:
@@ -66,11 +67,10 @@ def proposals(
         leaves ties unordered and offsets coordinates to separate the levels.
     """
     images, count = _check(objectness, deltas, anchors, image_sizes, level_sizes)
-    for name, value in (("pre_nms_top_n", pre_nms_top_n), ("post_nms_top_n", post_nms_top_n)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not min_size >= 0:
-        raise ValueError(f"min_size must be at least 0, got {min_size}")
+    check_whole("pre_nms_top_n", pre_nms_top_n, 1)
+    check_whole("post_nms_top_n", post_nms_top_n, 1)
+    check_real("iou_threshold", iou_threshold, 0, 1)
+    check_real("min_size", min_size, 0)
     if count == 0 or images == 0:
         return Proposals(
             boxes=anchors.new_zeros(images, post_nms_top_n, 4),
@@ -86,6 +86,7 @@ def proposals(
 def _check(
     objectness: Tensor, deltas: Tensor, anchors: Tensor, image_sizes: Tensor, level_sizes: Sequence[int]
 ) -> tuple[int, int]:
+    check_tensors({"objectness": objectness, "deltas": deltas, "anchors": anchors, "image_sizes": image_sizes})
     if objectness.dim() != 2:
         raise ValueError(f"objectness must have shape (B, N), got {tuple(objectness.shape)}")
     images, count = objectness.shape
@@ -97,15 +98,15 @@ def _check(
     for name, tensor, shape in expected:
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-    if deltas.dtype != objectness.dtype or not objectness.is_floating_point():
-        raise ValueError(
-            f"objectness and deltas must have one floating point dtype, got {objectness.dtype} and {deltas.dtype}"
-        )
+    check_floating("objectness", objectness, torch.float64)
+    if deltas.dtype != objectness.dtype:
+        raise ValueError(f"deltas must have the dtype of objectness, {objectness.dtype}, got {deltas.dtype}")
     for name, tensor in (("anchors", anchors), ("image_sizes", image_sizes)):
         if tensor.dtype != torch.float32:
             raise ValueError(f"{name} must be torch.float32, got {tensor.dtype}")
-    same_device({"objectness": objectness, "deltas": deltas, "anchors": anchors, "image_sizes": image_sizes})
-    if sum(level_sizes) != count or min(level_sizes, default=0) < 0:
+    for level, size in enumerate(level_sizes):
+        check_whole(f"level_sizes[{level}]", size, 0)
+    if sum(level_sizes) != count:
         raise ValueError(f"level_sizes must add up to {count} anchors, got {tuple(level_sizes)}")
     return images, count
 
@@ -193,8 +194,8 @@ def _cuda(
     if levels > LEVELS:
         raise ValueError(f"level_sizes must have at most {LEVELS} levels with anchors on a GPU, got {levels}")
     ends = np.cumsum(sizes + [0] * (LEVELS - levels), dtype=np.int32)
-    objectness, deltas = objectness.contiguous(), deltas.contiguous()
-    anchors, image_sizes = anchors.contiguous(), image_sizes.contiguous()
+    objectness, deltas = _launch.dense(objectness), _launch.dense(deltas)
+    anchors, image_sizes = _launch.dense(anchors), _launch.dense(image_sizes)
     segments, capacity = images * levels, min(pre_nms_top_n, max(sizes))
     digits, bins = DIGITS[dtype]
 

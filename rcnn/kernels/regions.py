@@ -1,12 +1,12 @@
 """What the ops on regions of interest share: their checks, the layouts of maps, and room for ``regions.cuh``."""
 
-import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from rcnn.kernels.checks import same_device
+from rcnn.kernels.checks import check_floating, check_real, check_tensors
 
 #: Blocks that keep a large GPU busy in a forward pass: with fewer regions than that, several blocks share one.
 BLOCKS = 1024
@@ -18,6 +18,10 @@ def as_rois(boxes: Tensor | Sequence[Tensor]) -> Tensor:
     """``(R, 5)`` regions from such a tensor or from one ``(n, 4)`` tensor per image."""
     if isinstance(boxes, Tensor):
         return boxes
+    if not isinstance(boxes, Sequence):
+        raise TypeError(f"boxes must be a torch.Tensor or one tensor per image, got {type(boxes).__name__}")
+    if boxes:
+        check_tensors({f"boxes[{i}]": each for i, each in enumerate(boxes)})
     for i, each in enumerate(boxes):
         if each.dim() != 2 or each.shape[1] != 4:
             raise ValueError(f"boxes[{i}] must have shape (n, 4), got {tuple(each.shape)}")
@@ -32,13 +36,15 @@ def check_pool(
 ) -> tuple[int, int]:
     """Check the arguments that all RoI pooling ops share; gives the output size as a pair."""
     name = "features" if op == "multiscale_roi_align" else "input"
+    if isinstance(features, Tensor):
+        raise TypeError("features must be a sequence of maps, got one torch.Tensor")
     if not features or len(features) != len(scales):
         raise ValueError(f"spatial_scales must name one scale per level, got {len(scales)} for {len(features)}")
+    check_tensors({name: features[0], "boxes": rois} | {f"{name}[{i}]": each for i, each in enumerate(features)})
     for each in features:
         if each.dim() != 4 or 0 in each.shape[2:]:
             raise ValueError(f"{name} must have shape (B, C, H, W) with H, W > 0, got {tuple(each.shape)}")
-        if not each.is_floating_point():
-            raise ValueError(f"{name} must have a floating point dtype, got {each.dtype}")
+        check_floating(name, each, torch.float64)
         if each.shape[:2] != features[0].shape[:2] or each.dtype != features[0].dtype:
             raise ValueError(
                 f"features must share batch, channels and dtype, got {tuple(each.shape)} {each.dtype} beside "
@@ -46,17 +52,17 @@ def check_pool(
             )
     if rois.dim() != 2 or rois.shape[1] != 5:
         raise ValueError(f"boxes must have shape (R, 5), got {tuple(rois.shape)}")
-    if not rois.is_floating_point():
-        raise ValueError(f"boxes must have a floating point dtype, got {rois.dtype}")
-    same_device({name: features[0], "boxes": rois} | {f"{name}[{i}]": each for i, each in enumerate(features)})
+    check_floating("boxes", rois, torch.float64)
     if rois.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"boxes must not require a gradient: {op} has none for them, pass boxes.detach()")
-    if any(not (scale > 0 and math.isfinite(scale)) for scale in scales):
-        raise ValueError(f"spatial_scale must be positive and finite, got {list(scales)}")
-    pair = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
-    if len(pair) != 2 or any(not isinstance(n, int) or n < 1 for n in pair):
+    for scale in scales:
+        check_real("spatial_scale", scale)
+        if not scale > 0:
+            raise ValueError(f"spatial_scale must be above 0, got {scale}")
+    pair = tuple(output_size) if isinstance(output_size, Sequence) else (output_size, output_size)
+    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in pair):
         raise ValueError(f"output_size must be one or two positive integers, got {output_size!r}")
-    return pair[0], pair[1]
+    return int(pair[0]), int(pair[1])
 
 
 def channels_last(x: Tensor) -> bool:

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from rcnn import boxes as geometry
 from rcnn.kernels import _launch
+from rcnn.kernels.checks import check_real, check_whole
 from rcnn.kernels.regions import (
     BLOCKS,
     as_map,
@@ -38,6 +39,10 @@ LISTED = 1 << 22
 SUMMED = 1 << 21
 #: Added to the level before it is rounded down, as torchvision does, so that 224 pixels fall on the upper level.
 LEVEL_EPS = 1e-6
+#: Most samples of a bin and axis that are taken where their number adapts, and that can be asked for.
+MOST, MOST_ASKED = 1 << 30, 1024
+#: A region with more samples than that per bin reaches far beyond its map: only those inside are listed.
+FAR = 1024
 #: Levels that the kernels take in one launch.
 MAX_LEVELS = 8
 
@@ -75,13 +80,14 @@ def roi_align(
         boxes: ``(R, 5)`` float, image index, x1, y1, x2, y2 in image pixels; or B tensors ``(n, 4)``.
         output_size: bins in y and x, or one number for both.
         spatial_scale: map cells per image pixel.
-        sampling_ratio: samples per bin and axis; not positive for an adaptive number.
+        sampling_ratio: samples per bin and axis, at most 1,024; not positive for an adaptive number.
         aligned: whether pixel centres lie at half coordinates.
 
     Returns:
         ``(R, C, oh, ow)`` of the input's dtype, summed in float32 (in float64 for a float64 input).
 
     Raises:
+        TypeError: an argument is not a tensor, or not a number, where one is needed.
         ValueError: a shape, dtype or image index is wrong, or the boxes require a gradient, which they have none of.
 
     Source:
@@ -89,6 +95,7 @@ def roi_align(
     """
     rois = as_rois(boxes)
     size = check_pool([input], rois, output_size, [spatial_scale], "roi_align")
+    _check_ratio(sampling_ratio)
     place = _Placement((float(spatial_scale),), size, int(sampling_ratio), bool(aligned))
     return _RoIAlign.apply(rois, place, input)
 
@@ -114,7 +121,7 @@ def multiscale_roi_align(
         rois: ``(R, 5)`` float, image index, x1, y1, x2, y2 in image pixels.
         output_size: bins in y and x, or one number for both.
         spatial_scales: map cells per image pixel of each level.
-        sampling_ratio: samples per bin and axis; not positive for an adaptive number.
+        sampling_ratio: samples per bin and axis, at most 1,024; not positive for an adaptive number.
         aligned: whether pixel centres lie at half coordinates.
         canonical_scale: side in pixels of a region that goes to the canonical level.
         canonical_level: that level.
@@ -123,6 +130,7 @@ def multiscale_roi_align(
         ``(R, C, oh, ow)`` of the features' dtype.
 
     Raises:
+        TypeError: an argument is not a tensor, or not a number, where one is needed.
         ValueError: a shape, dtype, scale or image index is wrong, or the regions require a gradient.
 
     Source:
@@ -132,8 +140,19 @@ def multiscale_roi_align(
     scales = tuple(float(scale) for scale in spatial_scales)
     if any(round(math.log2(scales[0] / scale)) != level for level, scale in enumerate(scales)):
         raise ValueError(f"spatial_scales must halve from level to level, got {list(scales)}")
+    _check_ratio(sampling_ratio)
+    check_real("canonical_level", canonical_level)
+    check_real("canonical_scale", canonical_scale)
+    if not canonical_scale > 0:
+        raise ValueError(f"canonical_scale must be above 0, got {canonical_scale}")
     place = _Placement(scales, size, int(sampling_ratio), bool(aligned), canonical_scale, canonical_level)
     return _RoIAlign.apply(rois, place, *features)
+
+
+def _check_ratio(sampling_ratio: int) -> None:
+    check_whole("sampling_ratio", sampling_ratio, -(1 << 31))
+    if sampling_ratio > MOST_ASKED:
+        raise ValueError(f"sampling_ratio must be at most {MOST_ASKED}, got {sampling_ratio}")
 
 
 class _Axis(NamedTuple):
@@ -282,23 +301,27 @@ def _axis(
     low: Tensor, high: Tensor, scale: Tensor, size: Tensor, bins: int, sampling_ratio: int, aligned: bool
 ) -> _Axis:
     """Cells and weights of each bin along one axis, ``(R,)`` region borders in pixels, ``(R,)`` map sizes."""
-    finite = torch.isfinite(low) & torch.isfinite(high)
-    start = torch.where(finite, low * scale - (0.5 if aligned else 0.0), 0)
-    extent = torch.where(finite, high * scale - (0.5 if aligned else 0.0), 0) - start
+    offset = 0.5 if aligned else 0.0
+    start = low * scale - offset
+    extent = high * scale - offset - start
+    finite = torch.isfinite(extent)  # then all of them are
+    start, extent = torch.where(finite, start, 0), torch.where(finite, extent, 0)
     if not aligned:
         extent = extent.clamp(min=1)
     step = extent / bins
-    grid = torch.full_like(size, sampling_ratio) if sampling_ratio > 0 else torch.ceil(step).long().clamp(min=0)
+    grid = torch.full_like(size, sampling_ratio) if sampling_ratio > 0 else torch.ceil(step).clamp(0, MOST).long()
     grid = torch.where(finite, grid, 0)
 
-    # One row per sample, bin after bin, along the axis (a reversed region runs backwards, so it is turned).
+    # One row per sample, bin after bin, along the axis.
     per_bin = grid.repeat_interleave(bins)
+    first = torch.zeros_like(per_bin)
+    if len(grid) and int(grid.max()) > FAR:
+        first, per_bin = _inside(start, step, grid, size, bins)
     bag = torch.repeat_interleave(per_bin)
-    number = torch.arange(len(bag), device=bag.device) - (torch.cumsum(per_bin, dim=0) - per_bin)[bag]
+    number = torch.arange(len(bag), device=bag.device) - (torch.cumsum(per_bin, dim=0) - per_bin - first)[bag]
     region = torch.div(bag, bins, rounding_mode="floor")
-    step, parts, limit = step[region], grid[region], size[region]
-    number = torch.where(step < 0, parts - 1 - number, number)
-    position = start[region] + (bag - region * bins) * step + (number + 0.5) * step / parts
+    parts, limit = grid[region], size[region]
+    position = _position(start[region], step[region], parts, bag - region * bins, number)
     inside = (position >= -1) & (position <= limit)
     if not bool(inside.all()):
         bag, position, parts, limit = bag[inside], position[inside], parts[inside], limit[inside]
@@ -319,6 +342,30 @@ def _axis(
     count = torch.bincount(bag[:, None].expand(-1, 2)[new], minlength=len(low) * bins)
     start_of = torch.cumsum(count, dim=0) - count
     return _Axis(cell.int(), weight, count.view(-1, bins).int(), start_of.view(-1, bins).int())
+
+
+def _position(start: Tensor, step: Tensor, parts: Tensor, bin: Tensor, number: Tensor) -> Tensor:
+    """Where samples of bins lie, by rising position: a reversed region runs backwards, so it is turned."""
+    number = torch.where(step < 0, parts - 1 - number, number)
+    return start + bin * step + (number + 0.5) * step / parts
+
+
+def _inside(start: Tensor, step: Tensor, grid: Tensor, size: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """First sample of each bin in ``-1..size`` and how many there are, ``(R * bins,)``, by bisection.
+
+    For regions far larger than the map: a list of all their samples would not fit in memory.
+    """
+    bin = torch.arange(bins, device=grid.device).repeat(len(grid))
+    start, step, grid, size = (x.repeat_interleave(bins) for x in (start, step, grid, size))
+    ends = []
+    for below in (lambda x: x < -1, lambda x: x <= size):
+        low, high = torch.zeros_like(grid), grid
+        while not torch.equal(low, high):
+            middle = torch.div(low + high, 2, rounding_mode="floor")
+            right = (low < high) & below(_position(start, step, grid, bin, middle))
+            low, high = torch.where(right, middle + 1, low), torch.where(right, high, middle)
+        ends.append(low)
+    return ends[0], (ends[1] - ends[0]).clamp(min=0)
 
 
 def _expand(y: _Axis, x: _Axis, stride: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -70,6 +70,7 @@ def roi_pool(
         ``(R, C, oh, ow)`` of the input's dtype.
 
     Raises:
+        TypeError: an argument is not a tensor, or not a number, where one is needed.
         ValueError: a shape, dtype or image index is wrong, or the boxes require a gradient, which they have none of.
 
     Source:
