@@ -314,3 +314,31 @@ def test_proposal_errors() -> None:
     broken = dataclasses.replace(targets, image_ids=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"targets.image_ids must have shape \(2,\), got \(3,\)"):
         match_anchors(grid(), broken, seed=0, step=torch.tensor(STEP))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_boxes_of_16_bits_are_computed_with_in_float32(dtype: torch.dtype) -> None:
+    """Whole coordinates below 256 are exact in either type, an IoU of them is not."""
+    targets, found, options = make_targets([6, 4]), make_proposals(2), {"seed": SEED, "step": torch.tensor(STEP)}
+    narrow = dataclasses.replace(targets, boxes=targets.boxes.to(dtype), image_sizes=targets.image_sizes.to(dtype))
+    found = dataclasses.replace(found, boxes=found.boxes.round())
+    narrow_found = dataclasses.replace(found, boxes=found.boxes.to(dtype))
+    labels = targets.labels, targets.offsets
+    thresholds = {"high_threshold": 0.5, "low_threshold": 0.3}
+    pairs = [
+        (
+            match(grid().to(dtype), narrow.boxes, *labels, **thresholds),
+            match(grid(), targets.boxes, *labels, **thresholds),
+        ),
+        *[
+            (vars(a).values(), vars(b).values())
+            for a, b in (
+                (match_anchors(grid().to(dtype), narrow, **options), match_anchors(grid(), targets, **options)),
+                (match_proposals(narrow_found, narrow, **options), match_proposals(found, targets, **options)),
+            )
+        ],
+    ]
+    for one, other in pairs:
+        for a, b in zip(one, other, strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)

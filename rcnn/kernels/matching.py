@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -71,8 +72,8 @@ def match(
     check_floating("boxes", boxes)
     body = _match_cuda if _launch.uses_kernels(boxes) else match_cpu
     return body(
-        boxes.detach(),
-        gt_boxes.detach(),
+        boxes.detach().float(),
+        gt_boxes.detach().float(),
         gt_labels,
         gt_offsets,
         high_threshold,
@@ -137,7 +138,8 @@ def match_anchors(
     body = _match_anchors_cuda if _launch.uses_kernels(anchors) else _match_anchors_cpu
     positives = int(batch_size_per_image * positive_fraction)
     thresholds = high_threshold, low_threshold
-    return body(anchors, targets, seed, step, thresholds, batch_size_per_image, positives, allowed_border)
+    targets = _in_float32(targets)
+    return body(anchors.float(), targets, seed, step, thresholds, batch_size_per_image, positives, allowed_border)
 
 
 @torch.no_grad()
@@ -195,6 +197,7 @@ def match_proposals(
     body = _match_proposals_cuda if _launch.uses_kernels(proposals.boxes) else _match_proposals_cpu
     positives = int(batch_size_per_image * positive_fraction)
     thresholds = high_threshold, low_threshold
+    proposals, targets = replace(proposals, boxes=proposals.boxes.float()), _in_float32(targets)
     return body(proposals, targets, seed, step, thresholds, batch_size_per_image, positives, box_weights)
 
 
@@ -218,6 +221,10 @@ def _check_int64(name: str, x: Tensor, shape: Sequence[int]) -> None:
 
 def _named(targets: Targets) -> dict[str, Tensor]:
     return {f"targets.{name}": value for name, value in vars(targets).items()}
+
+
+def _in_float32(targets: Targets) -> Targets:
+    return replace(targets, boxes=targets.boxes.float(), image_sizes=targets.image_sizes.float())
 
 
 def _check_targets(targets: Targets) -> int:
@@ -358,7 +365,7 @@ def _match_cuda(
     truth = _truth(gt_boxes, gt_labels, gt_offsets)
     reach = gt_boxes.new_zeros(gt_boxes.shape[0], dtype=torch.int32) if low_quality else None
     thresholds = high_threshold, low_threshold
-    state = _assign(_float32(boxes), None, math.inf, truth, thresholds, reach, None).to(torch.int64)
+    state = _assign(_launch.dense(boxes), None, math.inf, truth, thresholds, reach, None).to(torch.int64)
     return (state + 1).clamp_(max=1), state.clamp_(min=-1)
 
 
@@ -372,9 +379,9 @@ def _match_anchors_cuda(
     positives: int,
     allowed_border: float | None,
 ) -> AnchorSamples:
-    images, anchors = targets.image_ids.shape[0], _float32(anchors)
+    images, anchors = targets.image_ids.shape[0], _launch.dense(anchors)
     truth = _truth(targets.boxes, targets.labels, targets.offsets)
-    sizes = None if allowed_border is None else _float32(targets.image_sizes)
+    sizes = None if allowed_border is None else _launch.dense(targets.image_sizes)
     border = math.inf if allowed_border is None else allowed_border
     tally, found, reach = _counters(targets, targets.boxes.shape[0])
     state = _assign(anchors, sizes, border, truth, thresholds, reach, tally)
@@ -395,7 +402,7 @@ def _match_proposals_cuda(
     positives: int,
     box_weights: Sequence[float],
 ) -> Samples:
-    boxes = _float32(proposals.boxes)
+    boxes = _launch.dense(proposals.boxes)
     truth = _truth(targets.boxes, targets.labels, targets.offsets)
     (images, capacity), rows = boxes.shape[:2], targets.boxes.shape[0]
     tally, found, _ = _counters(targets, 0)
@@ -482,8 +489,4 @@ def _draw(kernel: str, draw: tuple[Tensor | np.generic, ...], rest: tuple[Tensor
 
 def _truth(gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, np.int32]:
     rows = np.int32(gt_boxes.shape[0])
-    return _float32(gt_boxes), gt_labels.contiguous(), gt_offsets.contiguous(), rows
-
-
-def _float32(x: Tensor) -> Tensor:
-    return _launch.dense(x.detach().to(torch.float32))
+    return _launch.dense(gt_boxes), gt_labels.contiguous(), gt_offsets.contiguous(), rows
