@@ -1,10 +1,13 @@
 """Files that are either whole or not there: write to a temporary neighbour, then rename."""
 
 import contextlib
+import errno
+import io
 import json
 import math
 import os
 import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,30 +20,85 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     disk and then renamed over ``path``. Whatever goes wrong before the rename leaves the previous file as it was
     and removes the temporary one; after a kill or a power cut the temporary one may stay behind.
 
+    A file that is replaced passes on its mode. A link stays, and the file that it leads to is replaced, or made where
+    there is none. A device or a pipe is never replaced: it is written to, once ``write`` has come to its end.
+
     Args:
         path: the file to create or to replace. Its folder must exist.
         write: called once with the temporary file, open for writing and seeking in binary mode. What it returns
             is ignored.
 
     Raises:
-        OSError: from the file system: a missing folder, no permission, a full disk.
+        OSError: from the file system: a missing folder, a folder in place of the file, no permission, a full disk.
         Exception: whatever ``write`` raises.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    target, mode = _target(path)
+    if mode is not None and not stat.S_ISREG(mode):
+        _write_through(path, write)
+        return
+    temporary = _neighbour(target)
     try:
         with open(temporary, "xb") as file:
+            if mode is not None:
+                with contextlib.suppress(OSError):  # not every file system has modes
+                    os.chmod(temporary, stat.S_IMODE(mode))
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError) and error.strerror:
             error.filename = str(path)  # the name that its user knows
         raise
-    sync_folder(path.parent)
+    sync_folder(target.parent)
+
+
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raise what would keep :func:`atomic_write` from a file, before there is anything to write. Nothing stays behind.
+
+    Args:
+        path: the file to be created or replaced later, or a device or a pipe.
+
+    Raises:
+        OSError: it is a folder, it may not be written, or no file can be made in its folder.
+    """
+    target, mode = _target(path)
+    if mode is not None and not stat.S_ISREG(mode):
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return
+    temporary = _neighbour(target)
+    try:
+        open(temporary, "xb").close()
+        temporary.unlink()
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def _target(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
+    """What a path leads to and its mode, None where nothing is there yet; a folder is an error."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        mode = None
+    if mode is not None and stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    return Path(os.path.realpath(path) if os.path.islink(path) else path), mode
+
+
+def _neighbour(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _write_through(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
+    """Write to a device or a pipe, which cannot be sought in: hence in one go."""
+    content = io.BytesIO()
+    write(content)
+    with open(path, "wb") as file:
+        file.write(content.getbuffer())
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
