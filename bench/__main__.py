@@ -22,8 +22,10 @@ from rich.table import Table
 
 from bench import compiling, model, step
 from bench.cases import PEERS, OpSet, run
+from bench.options import check_out, takes_parts
 from bench.report import data_line, step_cells, step_columns
 from bench.timing import bandwidth, machine
+from rcnn.data import open_dataset
 from rcnn.files import write_json
 
 OPS = ("anchors", "matching", "proposals", "nms", "roi_align", "roi_pool", "detections")
@@ -54,6 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--repeats", type=int, help=f"timed calls of each (default: {REPEATS['cpu']}, GPU {REPEATS['cuda']})"
     )
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.exit(1, "python -m bench: torch finds no GPU for --device cuda; python -m rcnn.env says why\n")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     installed = {peer for peer in PEERS if find_spec(peer)}
     peers = installed if options.against is None else set(options.against)
@@ -69,8 +73,15 @@ def main(arguments: list[str] | None = None) -> None:
         parser.exit(
             1, f"python -m bench compares with {missing.pop()}, which is not installed: pip install torchvision\n"
         )
-    if options.out is not None and not options.out.parent.is_dir():
-        parser.exit(1, f"python -m bench writes {options.out}, but its folder does not exist\n")
+    if options.data is not None and options.step is None:
+        parser.error("--data is for the loader of --step, which is missing")
+    if options.data is not None:
+        try:
+            open_dataset(options.data, "train")
+        except (OSError, ValueError) as error:
+            parser.exit(1, f"python -m bench: --data cannot be read: {error}\n")
+    check_out(parser, options.out)
+    kept = options.out is not None and takes_parts(options.out)
 
     console = Console() if Console().is_terminal else Console(width=220)
     result: dict[str, Any] = {"machine": {**machine(device), "device": device.type}, "rows": []}
@@ -91,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows += run(op, case, device, peak, repeats, seconds)
         console.print(op_table(op, rows, device))
         result["rows"] += rows
-        if options.out is not None:
+        if kept:
             write_json(options.out, result)  # what is measured is kept, whatever comes after it
     if options.step is not None:
         models, compared = options.step or step.MODELS, "torchvision" in peers
@@ -103,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
             result["step"]["gate"] |= part["gate"]
             result["step"]["rows"] += part["rows"]
             result["step"]["loader"] += part["loader"]
-            if options.out is not None:
+            if kept:
                 write_json(options.out, result)
     if options.full:
         result["compile"] = compiling.rows(device)

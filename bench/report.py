@@ -6,10 +6,12 @@ The page goes to ``FILE`` with the ending ``.md`` and the plots beside it, one f
 import argparse
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from bench.options import check_out
 from rcnn.files import atomic_write, write_text
 
 Row = dict[str, Any]
@@ -21,18 +23,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("file", type=Path, help="JSON of python -m bench --out FILE")
     parser.add_argument("--out", type=Path, help="the page; its folder gets the plots (default: beside FILE)")
     options = parser.parse_args(arguments)
+    page = options.out or options.file.parent / f"{options.file.stem}.md"
     try:
         result = json.loads(options.file.read_text(encoding="utf-8"))
         groups = {op: list(rows) for op, rows in groupby(result["rows"], key=lambda row: row["op"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        plots = {op: page.with_name(f"{page.stem}-{op}.png") for op, rows in groups.items() if speedups(rows)}
+        text = markdown(result, groups, {op: path.name for op, path in plots.items()})
+    except KeyError as error:
+        parser.exit(1, f"python -m bench.report: {options.file} is no output of python -m bench: it has no {error}\n")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         parser.exit(1, f"python -m bench.report: {options.file} is no output of python -m bench: {error}\n")
-    page = options.out or options.file.with_suffix(".md")
-    if not page.parent.is_dir():
-        parser.exit(1, f"python -m bench.report writes {page}, but its folder does not exist\n")
-    plots = {op: page.with_name(f"{page.stem}-{op}.png") for op, rows in groups.items() if speedups(rows)}
+    for path in (page, *plots.values()):
+        check_out(parser, path)
+        if path.exists() and (path.samefile(options.file) or not path.is_file()):
+            parser.exit(1, f"python -m bench.report writes {path}, which must be a file other than {options.file}\n")
+    if plots and find_spec("matplotlib") is None:
+        parser.exit(1, "python -m bench.report draws with matplotlib, which is not installed: pip install matplotlib\n")
     for op, path in plots.items():
         draw(op, speedups(groups[op]), path)
-    write_text(page, markdown(result, groups, {op: path.name for op, path in plots.items()}))
+    write_text(page, text)
     print(f"written: {page} and {len(plots)} plots")
 
 

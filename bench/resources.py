@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from bench.options import check_out
 from rcnn.files import write_text
 from rcnn.kernels import _launch
 from rcnn.kernels.warmup import SOURCES
@@ -129,13 +130,25 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Write the table into the page."""
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=PAGE, help="Markdown page with the two marks (docs/kernels.md)")
-    page = parser.parse_args().out
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    write_text(page, f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}")
+    page = parser.parse_args(arguments).out
+    try:
+        text = page.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        parser.exit(1, f"python -m bench.resources cannot read {page}: {reason}\n")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        parser.exit(1, f"python -m bench.resources writes between {BEGIN} and {END}, which {page} does not have\n")
+    check_out(parser, page)
+    try:
+        write_text(page, f"{before}{begin}\n\n{table()}\n\n{end}{after}")
+    except _launch.KernelError as error:
+        parser.exit(1, f"python -m bench.resources: {error}\n")
 
 
 if __name__ == "__main__":

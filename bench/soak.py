@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.options import check_out
 from bench.timing import machine
 from rcnn import detector, training
 from rcnn.config import LoaderConfig, ModelConfig, TrainConfig, resolve
@@ -199,14 +200,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2, help="loading processes (default: 2)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
     options = parser.parse_args(arguments)
+    for name in ("warmup", "workers"):
+        if (given := getattr(options, name)) < 0:
+            parser.error(f"--{name} must not be negative, got {given}")
     if not 1 <= options.every <= options.window:
         parser.error(f"--every must be between 1 and --window ({options.window}), got {options.every}")
     if options.warmup + 2 * options.window > options.steps:
         parser.error(f"--steps must leave two windows after the warm-up, got {options.steps}")
     if not Path("/proc/self/status").exists():
         parser.exit(1, "python -m bench.soak reads /proc/PID/status, which only Linux has\n")
-    if options.out is not None and not options.out.parent.is_dir():
-        parser.exit(1, f"python -m bench.soak writes {options.out}, but its folder does not exist\n")
+    check_out(parser, options.out)
     give_back_large_blocks()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -217,7 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
     table = Table("step", "memory, MB", "file handles", "threads", "processes", title="soak")
     for one in samples[:: -(-len(samples) // _ROWS)]:
         table.add_row(str(one.step), f"{one.memory:.1f}", str(one.files), str(one.threads), str(one.processes))
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    Console(width=None if sys.stdout and sys.stdout.isatty() else 100).print(table)
     print(f"{samples[-1].step} steps in {seconds:.0f} s; after {options.warmup}: {rise:+.3f} MB in 1,000 steps")
     print("\n".join(problems) or "memory, file handles and threads stay as they are")
     if options.out is not None:

@@ -1,15 +1,20 @@
 """The report, from a result as ``python -m bench`` writes it; and one case from end to end."""
 
 import json
+import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import report, stages, step
+from bench import __main__ as command
+from bench import report, resources, soak, stages, step
+from bench.options import takes_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,7 +52,13 @@ def test_the_page_has_a_row_for_each_and_a_plot_for_each_op(tmp_path: Path, caps
     assert "written" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"rows": []', '{"machine": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "[]", '{"rows": []', '{"machine": {}}', '{"machine": {}, "rows": []}', '{"machine": 1, "rows": []}'),
+        '{"machine": {"cpu": "X", "device": "cpu", "bandwidth": 1}, "rows": [{"op": "nms"}]}',
+    ],
+)
 def test_another_file_is_refused(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "other.json"
     file.write_text(content)
@@ -128,3 +139,112 @@ def test_a_step_and_a_detection_by_stage(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert head.startswith("| batch | precision | with | img/s | total | p20 to p80 | input | trunk | RPN head |")
     assert head.endswith("| optimiser | rest | peak, MB |")
     assert "### tiny, detection, 64 x 96 pixels, ms" in page and "- tiny, fp32: the loader alone gives" in page
+
+
+def refused(run: Callable[[list[str]], None], words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:
+    """Exit code and the one line that a command ends with."""
+    with pytest.raises(SystemExit) as stopped:
+        run(words)
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.count("\n") == 1, told
+    return stopped.value.code, told.err
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may be measured, trained or compiled."""
+    for module, name in ((command, "bandwidth"), (command, "run"), (soak, "run"), (resources, "table")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("began before its options were checked"))
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="has no /proc")
+def test_a_place_that_takes_no_file_is_told_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sound = tmp_path / "sound.json"
+    sound.write_text(json.dumps({"machine": {"cpu": "X", "bandwidth": 2e10, "device": "cpu"}, "rows": [row()]}))
+    for run, words, name in (
+        (command.main, ["--op", "anchors", "--against", "--device", "cpu"], "bench"),
+        (soak.main, [], "bench.soak"),
+        (report.main, [str(sound)], "bench.report"),
+    ):
+        for out, told in (
+            (str(tmp_path), f"writes {tmp_path}, but that is a folder"),
+            ("/proc/x.json", "writes /proc/x.json, but no file can be made in its folder"),
+            (f"{tmp_path}/no/x.json", f"writes {tmp_path}/no/x.json, but its folder does not exist"),
+        ):
+            assert refused(run, [*words, "--out", out], capsys) == (1, f"python -m {name} {told}\n")
+        code, told = refused(run, [*words, "--out", str(tmp_path / ("x" * 300))], capsys)
+        assert code == 1 and told.startswith(f"python -m {name} cannot write ") and "too long" in told
+    assert sorted(tmp_path.iterdir()) == [sound]
+
+
+def test_a_gpu_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for words in (["--op", "anchors"], ["--step", "tiny"], ["--full"]):
+        code, told = refused(command.main, [*words, "--device", "cuda"], capsys)
+        assert (code, told) == (
+            1,
+            "python -m bench: torch finds no GPU for --device cuda; python -m rcnn.env says why\n",
+        )
+
+
+@pytest.mark.usefixtures("idle")
+def test_data_of_a_step_is_looked_at_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--device", "cpu", "--against", "--step", "tiny", "--data", str(tmp_path / "none")]
+    code, told = refused(command.main, words, capsys)
+    assert code == 1 and told.endswith(
+        f"--data cannot be read: {tmp_path / 'none'}: expected a data folder, but there is none\n"
+    )
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--op", "anchors", "--data", str(tmp_path)])
+    assert stopped.value.code == 2 and "--data is for the loader of --step" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("idle")
+def test_resources_go_into_a_page_with_marks_and_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    for content, told in (
+        (None, f"cannot read {page}: No such file or directory"),
+        (b"\xff\xfe", f"cannot read {page}: it is no text"),
+        (b"text", f"writes between {resources.BEGIN} and {resources.END}, which {page} does not have"),
+        (f"{resources.END} {resources.BEGIN}".encode(), f"and {resources.END}, which {page} does not have"),
+    ):
+        if content is not None:
+            page.write_bytes(content)
+        code, found = refused(resources.main, ["--out", str(page)], capsys)
+        assert code == 1 and found.endswith(f"{told}\n") and found.startswith("python -m bench.resources ")
+        assert content is None or page.read_bytes() == content
+    code, found = refused(resources.main, ["--out", str(tmp_path)], capsys)
+    assert (code, found) == (1, f"python -m bench.resources cannot read {tmp_path}: Is a directory\n")
+
+
+def test_a_report_goes_into_a_file_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sound = json.dumps({"machine": {"cpu": "X", "bandwidth": 2e10, "device": "cpu"}, "rows": [row()]})
+    file = tmp_path / "sound.md"
+    file.write_text(sound)
+    for words in ([str(file)], [str(file), "--out", str(file)]):
+        assert refused(report.main, words, capsys) == (
+            1,
+            f"python -m bench.report writes {file}, which must be a file other than {file}\n",
+        )
+    assert file.read_text() == sound and list(tmp_path.iterdir()) == [file]
+    (tmp_path / "page-nms.png").mkdir()
+    code, told = refused(report.main, [str(file), "--out", str(tmp_path / "page.md")], capsys)
+    assert code == 1 and told.endswith("page-nms.png, but that is a folder\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="has no named pipes")
+def test_a_result_goes_to_a_pipe_once(tmp_path: Path) -> None:
+    """Not after each op as well: its reader would get one JSON after another, and the next write wait for ever."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert takes_parts(tmp_path / "new.json") and not takes_parts(pipe)
+    found: list[str] = []
+    reader = threading.Thread(target=lambda: found.append(pipe.read_text()), daemon=True)
+    reader.start()
+    words = ["--op", "anchors", "--device", "cpu", "--against", "--repeats", "1", "--out", str(pipe)]
+    subprocess.run([sys.executable, "-m", "bench", *words], cwd=ROOT, capture_output=True, check=True, timeout=300)
+    reader.join(timeout=60)
+    assert {row["op"] for row in json.loads(found[0])["rows"]} == {"anchors"} and pipe.is_fifo()

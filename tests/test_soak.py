@@ -106,10 +106,13 @@ def test_a_short_run(tmp_path, monkeypatch, capsys):
     assert "6 steps in " in shown and f"written: {out}" in shown
 
 
-def test_bad_options(tmp_path, capsys):
+def test_bad_options(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(soak, "run", lambda *_: pytest.fail("began before its options were checked"))
     for words, code, told in (
         (["--steps", "600"], 2, "must leave two windows after the warm-up, got 600"),
         (["--every", "101"], 2, "--every must be between 1 and --window (100), got 101"),
+        (["--warmup", "-1"], 2, "--warmup must not be negative, got -1"),
+        (["--workers", "-1"], 2, "--workers must not be negative, got -1"),
         (["--out", str(tmp_path / "no" / "x.json")], 1, "but its folder does not exist"),
     ):
         with pytest.raises(SystemExit) as end:
