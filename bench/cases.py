@@ -55,7 +55,7 @@ def run(op: str, case: Case, device: torch.device, peak: float, repeats: int, se
         seconds: that the timing of the case should take at most, as far as 3 calls of each allow.
 
     Returns:
-        One row per rival.
+        One row per rival; ``speedup`` is against torchvision, or plain torch where torchvision is none of them.
 
     Raises:
         AssertionError: the gate does not hold.
@@ -64,7 +64,7 @@ def run(op: str, case: Case, device: torch.device, peak: float, repeats: int, se
         case.gate()
         timings = measure(case.rivals, repeats, warmup=1, seconds=seconds, device=device)
         memory = {name: peak_memory(function, device) for name, function in case.rivals.items()}
-    against = timings.get("torchvision")
+    against = timings.get("torchvision") or timings.get("torch")
     return [
         {
             "op": op,

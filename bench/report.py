@@ -64,8 +64,8 @@ def markdown(result: dict[str, Any], groups: dict[str, list[Row]], plots: dict[s
         "",
         "Medians; every rival of a case in turn, in one run, after its result had been proved right. *Of copy* is the"
         " part of that bandwidth that the bytes of the op, each read and written once, make of the time. *Extra* is the"
-        " most memory held at a time beyond the inputs. *Speed-up* is against torchvision, or plain torch where it has"
-        " no such op.",
+        " most memory held at a time beyond the inputs. *Speed-up* is against torchvision, or plain torch where"
+        " torchvision was not compared.",
     ]
     for op, rows in groups.items():
         lines += ["", f"## {op}", ""]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import report, resources, soak, stages, step
+from bench import cases, report, resources, soak, stages, step
 from bench.options import takes_parts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +67,17 @@ def test_another_file_is_refused(tmp_path: Path, content: str, capsys: pytest.Ca
         report.main([str(file)])
     assert stopped.value.code == 1
     assert "other.json is no output of python -m bench" in capsys.readouterr().err
+
+
+def test_a_speed_up_is_against_torchvision_or_else_plain_torch() -> None:
+    def speedups(*names: str) -> dict[str, float | None]:
+        case = cases.Case("x", dict.fromkeys(names, lambda: time.sleep(0.001)), lambda: None, 1, 1)
+        return {row["with"]: row["speedup"] for row in cases.run("nms", case, torch.device("cpu"), 1.0, 1, 1.0)}
+
+    assert speedups("rcnn") == {"rcnn": None}
+    assert speedups("rcnn", "torch")["torch"] == 1.0 and speedups("rcnn", "torch")["rcnn"]
+    assert speedups("rcnn", "torchvision", "torch")["torchvision"] == 1.0
+    assert speedups("rcnn", "torchvision", "torch")["torch"] != 1.0
 
 
 def test_one_op_from_end_to_end(tmp_path: Path) -> None:
