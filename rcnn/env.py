@@ -52,6 +52,11 @@ def notes(facts: Facts) -> list[str]:
         found.append("CUDA_VISIBLE_DEVICES hides every GPU of this machine")
     if not facts.gpus:
         found.append("no NVIDIA GPU is in reach: the ops run on the CPU, where they need no CuPy")
+    if facts.cupy_cache_problem and facts.cupy:
+        found.append(
+            f"{facts.cupy_cache or 'CUPY_CACHE_DIR, which is empty'}, where CuPy keeps what it compiles for itself, "
+            f"cannot be made ({facts.cupy_cache_problem}): it gets a temporary one, and no kernel of rcnn goes there"
+        )
     newer = _unknown_to_nvrtc(facts, newer=True)
     if newer and facts.nvrtc:
         found.append(
@@ -145,7 +150,10 @@ def _nvrtc_is_missing(facts: Facts) -> Problem | None:
         return None
     sentence = f"NVRTC, which compiles the kernels, cannot be loaded: {facts.nvrtc_problem}"
     major = next(map(_cuda_of, facts.cupy), None)
-    return Problem("no-nvrtc", sentence, f"pip install {_NVRTC.get(major or 0, _NVRTC[_best_cuda(facts)])}")
+    wheel = _NVRTC.get(major or 0, _NVRTC[_best_cuda(facts)])
+    # Where files of a wheel are gone, pip still holds it to be installed and would leave it as it is.
+    anew = "--force-reinstall " if wheel in facts.nvrtc_wheels else ""
+    return Problem("no-nvrtc", sentence, f"pip install {anew}{wheel}")
 
 
 def _nvrtc_is_newer_than_the_driver(facts: Facts) -> Problem | None:
@@ -304,7 +312,7 @@ def _show(as_json: bool) -> None:
 
 
 def _print_rows(pairs: list[tuple[str, str]]) -> None:
-    if not sys.stdout.isatty():
+    if sys.stdout is None or not sys.stdout.isatty():  # None: its user has closed it, and the exit code is what is left
         for name, text in pairs:
             print(f"{name:13} {text}")
         return

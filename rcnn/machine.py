@@ -1,6 +1,7 @@
 """What of CUDA this machine and this Python have. Asking never fails: what cannot be had is a fact, too."""
 
 import ctypes
+import errno
 import importlib.metadata
 import os
 import platform
@@ -23,6 +24,8 @@ Version = tuple[int, int]
 
 #: Distributions that put files into the package ``cupy``; ``cuda`` is the CUDA in a wheel's name.
 CUPY = re.compile(r"cupy(-cuda(?P<cuda>\d+)x?|-rocm-.+)?|amd-cupy")
+#: Distributions of NVRTC, for CUDA 12 and from 13 on.
+NVRTC = re.compile(r"nvidia-cuda-nvrtc(-cu\d+)?")
 #: The kernel driver's own account of itself and of its GPUs.
 _PROC = Path("/proc/driver/nvidia")
 #: Bytes that must fit into the cache folder: more than all kernels of one GPU.
@@ -69,9 +72,13 @@ class Facts:
         nvrtc: version of the NVRTC that CuPy loads.
         nvrtc_archs: compute capabilities, times 10, that it compiles for, rising.
         nvrtc_problem: why it does not load.
+        nvrtc_wheels: version of each wheel of NVRTC that pip holds to be installed, by name, whether or not its files
+            are there.
         cache: folder of compiled kernels.
         cache_bytes: their size.
         cache_problem: why nothing can be written there.
+        cupy_cache: folder of what CuPy compiles for itself, which no kernel of ours is.
+        cupy_cache_problem: why it is not there and cannot be made.
         python: version of Python, and the platform.
     """
 
@@ -92,9 +99,12 @@ class Facts:
     nvrtc: Version | None = None
     nvrtc_archs: tuple[int, ...] = ()
     nvrtc_problem: str = ""
+    nvrtc_wheels: dict[str, str] = field(default_factory=dict)
     cache: str = ""
     cache_bytes: int = 0
     cache_problem: str = ""
+    cupy_cache: str = ""
+    cupy_cache_problem: str = ""
     python: str = ""
 
     @property
@@ -113,6 +123,9 @@ def gather() -> Facts:
     torch_gpu, torch_problem = _ask(_torch_gpu)
     driver_cuda, _ = _ask(_driver_cuda)
     gpus, driver_problem = _ask(_gpus)
+    # Asked before CuPy is imported: where this folder cannot be made, another one takes its place then.
+    cupy_cache = os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
+    _, cupy_cache_problem = _ask(lambda: os.makedirs(cupy_cache, exist_ok=True))
     nvrtc, nvrtc_problem = _ask(_launch.nvrtc_version)
     cupy_loads = sys.modules.get("cupy") is not None  # a failed import leaves nothing there
     archs, _ = _ask(_launch.nvrtc_archs)
@@ -136,9 +149,12 @@ def gather() -> Facts:
         nvrtc=nvrtc,
         nvrtc_archs=tuple(archs or ()),
         nvrtc_problem=nvrtc_problem if cupy_loads else "",
+        nvrtc_wheels=_ask(lambda: _wheels(NVRTC))[0] or {},
         cache=str(cache),
         cache_bytes=_ask(lambda: sum(file.stat().st_size for file in cache.iterdir()))[0] or 0,
         cache_problem=cache_problem,
+        cupy_cache=cupy_cache,
+        cupy_cache_problem=cupy_cache_problem,
         python=f"{platform.python_version()} on {platform.platform()}",
     )
 
@@ -169,9 +185,14 @@ def _torch_gpu() -> bool:
 
 
 def _cupy_wheels() -> dict[str, str]:
+    return _wheels(CUPY)
+
+
+def _wheels(pattern: re.Pattern[str]) -> dict[str, str]:
+    """Version of each distribution whose name fits."""
     names = {re.sub(r"[-_.]+", "-", each.metadata["Name"] or "").lower() for each in importlib.metadata.distributions()}
     found = {}
-    for name in sorted(filter(CUPY.fullmatch, names)):
+    for name in sorted(filter(pattern.fullmatch, names)):
         with suppress(importlib.metadata.PackageNotFoundError):  # what pip leaves when it cannot delete: ~upy_cuda12x
             found[name] = importlib.metadata.version(name)
     return found
@@ -223,7 +244,9 @@ def _gpus() -> tuple[GPU, ...]:
 
 def _write_into(folder: Path) -> None:
     """Fill a nameless file in a folder, or in what it would be made in; nothing stays behind."""
-    place = next(path for path in (folder, *folder.parents) if path.exists())
+    place = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not place.exists():
+        raise FileNotFoundError(errno.ENOENT, "Link to a folder that does not exist", str(place))
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(bytes(_ROOM))

@@ -232,6 +232,19 @@ CASES = [
         "pip install nvidia-cuda-nvrtc-cu12",
     ),
     (
+        # Its files are gone and what pip knows of it is not; the wheel for the other CUDA does not count.
+        replace(WELL_12, nvrtc=None, nvrtc_problem="none", nvrtc_wheels={"nvidia-cuda-nvrtc-cu12": "12.9.86"}),
+        "no-nvrtc",
+        "NVRTC, which compiles the kernels, cannot be loaded: none",
+        "pip install --force-reinstall nvidia-cuda-nvrtc-cu12",
+    ),
+    (
+        replace(WELL_13, nvrtc=None, nvrtc_problem="none", nvrtc_wheels={"nvidia-cuda-nvrtc-cu12": "12.9.86"}),
+        "no-nvrtc",
+        "NVRTC, which compiles the kernels, cannot be loaded: none",
+        "pip install nvidia-cuda-nvrtc",
+    ),
+    (
         replace(WELL_13, nvrtc=None, nvrtc_archs=(), nvrtc_problem="none"),
         "no-nvrtc",
         "NVRTC, which compiles the kernels, cannot be loaded: none",
@@ -350,6 +363,18 @@ def test_the_launcher_and_the_diagnosis_agree_on_what_nvrtc_knows(archs, monkeyp
         assert [p.name for p in env.problems(facts)] == ["gpu-unknown-to-nvrtc"] * (outcome == "unknown"), capability
         seen.add(outcome)
     assert seen == {"fits", "newer", "unknown"}
+
+
+def test_a_folder_of_cupys_own_is_a_note():
+    facts = replace(WELL_12, cupy_cache="/home/me/file", cupy_cache_problem="File exists: /home/me/file")
+    assert env.problems(facts) == []
+    (note,) = env.notes(facts)
+    assert note == (
+        "/home/me/file, where CuPy keeps what it compiles for itself, cannot be made (File exists: /home/me/file): "
+        "it gets a temporary one, and no kernel of rcnn goes there"
+    )
+    assert env.notes(replace(facts, cupy={})) == []
+    assert env.notes(replace(facts, cupy_cache=""))[0].startswith("CUPY_CACHE_DIR, which is empty, where CuPy keeps")
 
 
 def test_the_lines_install_what_the_extras_do():

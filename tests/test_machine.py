@@ -45,6 +45,14 @@ def test_every_distribution_that_holds_cupy_is_seen(tmp_path, monkeypatch):
     assert machine._cupy_wheels() == dict.fromkeys(expected, "14.2.0")
 
 
+def test_wheels_of_nvrtc_are_seen_whether_or_not_their_files_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for name in ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime-cu12"):
+        planted(tmp_path, name, "12.9.86")
+    facts = machine.gather()
+    assert facts.nvrtc_wheels == dict.fromkeys(("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"), "12.9.86")
+
+
 def test_the_driver_tells_its_version(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "_PROC", tmp_path)
     for line, version in (
@@ -97,6 +105,9 @@ def test_a_folder_is_tried_by_writing(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="Not a directory"):
         machine._write_into(tmp_path / "file" / "cache")
+    (tmp_path / "link").symlink_to("nowhere")
+    _, problem = machine._ask(lambda: machine._write_into(tmp_path / "link" / "rcnn" / "kernels"))
+    assert problem == f"Link to a folder that does not exist: {tmp_path / 'link'}"
 
 
 def test_a_full_disk_is_noticed(tmp_path, monkeypatch):
@@ -163,6 +174,37 @@ def test_a_cache_folder_under_a_file_is_found(tmp_path):
     )
     assert done.returncode == 1
     assert f"cannot be written: Not a directory: {tmp_path / 'file'}" in done.stdout
+
+
+def test_what_env_says_of_a_folder_is_what_compiling_meets(tmp_path):
+    """A link to nothing costs the cache; a file in the place of CuPy's own folder costs nothing."""
+    pytest.importorskip("cupy")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    variables = {"XDG_CACHE_HOME": str(tmp_path / "link"), "CUPY_CACHE_DIR": str(tmp_path / "file")}
+    content = json.loads(run_env("--json", **variables).stdout)
+    assert [p["name"] for p in content["problems"] if p["name"].startswith("c")] == ["cache-not-writable"]
+    assert [note.split(",")[0] for note in content["notes"] if "CuPy keeps" in note] == [str(tmp_path / "file")]
+    code = """if True:
+        import os, warnings
+        from rcnn.kernels import _launch
+        from rcnn.kernels.nms import SOURCE
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            path = _launch._compiled(SOURCE, None, "sm_90", anew=True)
+        assert any("kept for this process only" in str(each.message) for each in said), said
+        assert path.parent == _launch._memory() and os.environ["CUPY_CACHE_DIR"] == str(_launch._memory())
+    """
+    done = run_env(program=("-c", code), **variables)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes a handle by the shell")
+def test_with_its_output_closed_the_exit_code_is_left():
+    for more in ("", " --json"):
+        command = f"'{sys.executable}' -m rcnn.env{more} >&-"
+        done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert (done.stderr, done.returncode) == ("", run_env("--json").returncode)
 
 
 def test_a_home_that_cannot_be_written_costs_the_cache_and_no_more(tmp_path):
