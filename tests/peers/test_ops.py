@@ -3,6 +3,10 @@
 The CPU bodies meet a few thousand cases each, the kernels, through the emulator, a tenth of them.
 """
 
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +15,7 @@ torchvision = pytest.importorskip("torchvision")
 
 from torchvision.ops.boxes import _batched_nms_vanilla  # noqa: E402
 
+from rcnn import kernels  # noqa: E402
 from rcnn.kernels import _launch, batched_nms, multiscale_roi_align, nms, roi_align, roi_pool  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -130,3 +135,39 @@ def test_roi_pool(kind: int) -> None:
         expected.backward(grad)
         assert ours.grad is not None
         assert torch.equal(ours.grad, theirs.grad)
+
+
+NAN = float("nan")
+#: Calls that ``docs/differences.md`` names: an error of ours, and none of torchvision's.
+REFUSED: list[tuple[str, str, Callable[..., object]]] = [
+    *(("nms", "iou_threshold", lambda op, x, t=t: op(x.boxes, x.scores, t)) for t in (-0.5, 1.5, NAN)),
+    *(("batched_nms", "iou_threshold", lambda op, x, t=t: op(x.boxes, x.scores, x.idxs, t)) for t in (-0.5, 1.5, NAN)),
+    ("batched_nms", "idxs", lambda op, x: op(x.boxes, x.scores, x.idxs.float(), 0.5)),
+    *(
+        (name, "spatial_scale", lambda op, x, s=s: op(x.map, x.rois, 2, s))
+        for name in ("roi_align", "roi_pool")
+        for s in (-1.0, 0.0)
+    ),
+    *((name, "map", lambda op, x: op(x.map[:, :, :0], x.rois, 2, 1.0)) for name in ("roi_align", "roi_pool")),
+    *(
+        (name, "gradient", lambda op, x: op(x.map, x.rois.clone().requires_grad_(), 2, 1.0))
+        for name in ("roi_align", "roi_pool")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "word", "call"), REFUSED)
+def test_what_is_refused_here_and_not_there_is_named(name: str, word: str, call: Callable[..., object]) -> None:
+    x = SimpleNamespace(
+        boxes=torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 2]]),
+        scores=torch.tensor([0.9, 0.8]),
+        idxs=torch.tensor([0, 1]),
+        map=torch.rand(1, 2, 8, 8),
+        rois=torch.tensor([[0.0, 0, 0, 4, 4]]),
+    )
+    call(getattr(torchvision.ops, name), x)
+    with pytest.raises(ValueError, match="H, W > 0" if word == "map" else word):
+        call(getattr(kernels, name), x)
+    page = Path(__file__).resolve().parents[2] / "docs" / "differences.md"
+    rows = [line.split("|") for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    assert any(word in row[1] and row[2].startswith(" an error") for row in rows)
