@@ -1,5 +1,6 @@
 """The emulator itself: sound kernels give the right answer in every order, and each planted fault is reported."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +23,8 @@ NO_BARRIER, BEYOND_TENSOR, BEYOND_SHARED, DIVERGENT, MISSED, WRONG_TIE, LOST_LAN
 pytestmark = pytest.mark.emulated
 
 
-def faults(fault: int) -> CudaSource:
-    return CudaSource("faults", folder=Path(cuda_on_cpu.__file__).parent, THREADS=THREADS, FAULT=fault)
+def faults(fault: int, name: str = "faults") -> CudaSource:
+    return CudaSource(name, folder=Path(cuda_on_cpu.__file__).parent, THREADS=THREADS, FAULT=fault)
 
 
 @pytest.fixture
@@ -130,6 +131,22 @@ def test_the_last_block_needs_both_fences(races: Emulator, fault: int) -> None:
             last_block(races, fault)
 
 
+@pytest.mark.parametrize("kind", ["", "races"])
+def test_shared_memory_that_the_compiler_puts_elsewhere_is_refused(kind: str) -> None:
+    """GCC drops the section in templates: no garbage there and no race. A compiler that keeps it finds both."""
+    emulator, out = Emulator(), torch.zeros(THREADS, dtype=torch.int32)
+    emulator.sanitizer = kind
+    try:
+        emulator.launch(faults(SOUND, "in_template"), "in_template", 1, THREADS, (out,))
+    except EmulatorError as error:
+        assert re.search("not in the section of shared memory: .*count_in_template.*flags", str(error))
+    else:
+        assert out.tolist() == [THREADS // 2] * THREADS
+        emulator.sanitizer = "races"
+        with pytest.raises(EmulatorError, match="a data race"):
+            emulator.launch(faults(1, "in_template"), "in_template", 1, THREADS, (out,))
+
+
 def test_a_barrier_in_divergent_code_is_reported(plain: Emulator) -> None:
     with pytest.raises(EmulatorError, match="barrier in divergent code: thread 0 waits at __syncthreads of line"):
         split(plain, DIVERGENT)
@@ -194,7 +211,6 @@ def test_arguments_that_do_not_fit_the_kernel_are_refused(plain: Emulator, args:
 def test_shared_memory_starts_as_garbage(plain: Emulator) -> None:
     """A kernel that forgets to write it does not see what the block before left, nor zeros."""
     out = torch.zeros(THREADS)
-    source = CudaSource("faults", folder=Path(cuda_on_cpu.__file__).parent, THREADS=THREADS, FAULT=10)
-    plain.launch(source, "reverse", 1, THREADS, (torch.arange(float(THREADS)), out), shared=4 * THREADS)
+    plain.launch(faults(10), "reverse", 1, THREADS, (torch.arange(float(THREADS)), out), shared=4 * THREADS)
     assert out[-1] == np.frombuffer(b"\xa5\xa5\xa5\xa5", dtype=np.float32)[0]
     assert out[:-1].tolist() == list(range(1, THREADS))[::-1]

@@ -303,7 +303,8 @@ extern "C" __global__ void __launch_bounds__(SORT, 1)
                    int4* __restrict__ cells, int* __restrict__ offsets, int batch, int bins_y, int bins_x,
                    int sampling_ratio, int aligned) {
     const Pyramid pyramid = {LEVEL_VALUES, levels, finest, coarsest, canonical_scale, canonical_level};
-    sort_regions<SORT>(count, order, cells, offsets, [&](int i) -> Touched {
+    __shared__ int sums[SORT / 32], before;
+    sort_regions<SORT>(count, order, cells, offsets, before, sums, [&](int i) -> Touched {
         const float* region = regions + 5 * i;
         const Box box = box_of(region);
         const int image = region_image(region, batch), number = level_of(box, pyramid);
@@ -341,7 +342,7 @@ __device__ __forceinline__ unsigned tile_weights(const Axis& axis, int bin, int 
 struct Tile {
     Level level;
     int image, top, left;
-    int list[THREADS];  // regions that touch the tile
+    int list[THREADS], sums[THREADS / 32];  // regions that touch the tile, and room to count them
     // A group of regions, as many as have THREADS bins, those of both axes counted. For each: where the gradient of
     // its bins lies; the bins, as bits, that reach the upper or lower half of the tile's rows, and each column.
     int from[THREADS / 2];
@@ -398,7 +399,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     const int end = offsets[segment + 1];
     for (int first = offsets[segment]; first < end; first += THREADS) {
         const int found =
-            turns * find_regions<THREADS, TILE>(order, cells, first, end, tile.top, tile.left, tile.list);
+            turns * find_regions<THREADS, TILE>(order, cells, first, end, tile.top, tile.left, tile.list, tile.sums);
         for (int start = 0; start < found; start += group) {
             const int here = min(group, found - start);
             for (int i = threadIdx.x; i < here * 2; i += THREADS) tile.rows[i / 2][i % 2] = 0;

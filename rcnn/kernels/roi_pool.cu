@@ -146,7 +146,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 extern "C" __global__ void __launch_bounds__(SORT, 1)
     roi_pool_sort(const float* __restrict__ regions, int count, int* __restrict__ order, int4* __restrict__ cells,
                   int* __restrict__ offsets, float scale, int batch, int height, int width, int bins_y, int bins_x) {
-    sort_regions<SORT>(count, order, cells, offsets, [&](int i) -> Touched {
+    __shared__ int sums[SORT / 32], before;
+    sort_regions<SORT>(count, order, cells, offsets, before, sums, [&](int i) -> Touched {
         const Region region = region_of(regions + 5 * i, scale, batch, height, width, bins_y, bins_x);
         return {region.image, cells_of(region.y, 0).x, cells_of(region.x, 0).x, cells_of(region.y, bins_y - 1).y - 1,
                 cells_of(region.x, bins_x - 1).y - 1};
@@ -160,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(LANES)
                       int bins_y, int bins_x, int last) {
     constexpr int STRIDE = LANES + 1;  // so that a row of cells of one channel lies in different banks
     __shared__ float sums[TILE * TILE * STRIDE];
-    __shared__ int list[LANES], bins_here[LANES];
+    __shared__ int list[LANES], bins_here[LANES], warps[LANES / 32];
     const int across = (width + TILE - 1) / TILE, down = (height + TILE - 1) / TILE;
     const int image = blockIdx.x / (down * across);
     const int top = static_cast<int>(blockIdx.x) / across % down * TILE, left = blockIdx.x % across * TILE;
@@ -171,8 +172,7 @@ extern "C" __global__ void __launch_bounds__(LANES)
     for (int i = 0; i < TILE * TILE; i++) sums[i * STRIDE + lane] = 0.0f;
     const int end = offsets[image + 1];
     for (int first = offsets[image]; first < end; first += LANES) {
-        const int found = find_regions<LANES, TILE>(order, cells, first, end, top, left,
-                                                    list);
+        const int found = find_regions<LANES, TILE>(order, cells, first, end, top, left, list, warps);
         for (int start = 0; start < found * bins; start += LANES) {
             // A bin for each thread: does it overlap the tile?
             const int i = start + lane, number = i < found * bins ? list[i / bins] : 0, bin = i % bins;
@@ -181,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(LANES)
             const bool overlaps = i < found * bins && rows.x < rows.y && columns.x < columns.y &&
                                   rows.x < top + TILE && rows.y > top && columns.x < left + TILE && columns.y > left;
             int count;
-            const int place = rank_in_block<LANES>(overlaps, count);
+            const int place = rank_in_block(overlaps, warps, count);
             if (overlaps) bins_here[place] = number * (channels * bins) + bin * (last ? channels : 1);
             __syncthreads();
             for (int k = 0; k < count && active; k += UNROLL) {

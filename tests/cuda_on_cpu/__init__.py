@@ -11,6 +11,7 @@ import ctypes
 import getpass
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -92,7 +93,24 @@ def build(text: str, kernels: Sequence[str], options: Sequence[str], arch: int, 
         os.replace(made, library)
         for rest in (source, made.with_suffix(".o")):
             rest.unlink(missing_ok=True)
+    stray = _stray_shared(library)  # of a kept library, too
+    if stray:
+        raise EmulatorError(
+            f"not in the section of shared memory: {', '.join(stray)}. g++ drops it in templates, where neither "
+            "garbage nor races would be seen: declare the variable in the kernel and pass it"
+        )
     return library
+
+
+def _stray_shared(library: Path) -> list[str]:
+    """Variables in functions, other than those of the emulator, outside shared memory; kernels have no such memory."""
+    command = ["objdump", "-t", "-C", str(library)]
+    try:
+        table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise EmulatorError("the kernels are looked through by objdump, of the binutils that g++ needs") from error
+    found = re.findall(r"^\w+ .{6}O (\.(?:t?bss|t?data)\S*)\s\w+ +(?:\.hidden )?(\S.*)$", table, re.MULTILINE)
+    return sorted(name for _, name in found if "::" in name and not name.startswith("emulator::"))
 
 
 def checked_environment(checker: str) -> dict[str, str]:
