@@ -85,6 +85,12 @@ def reverse(emulator: Emulator, fault: int) -> list[float]:
     return out.tolist()
 
 
+def tally(emulator: Emulator, fault: int) -> list[int]:
+    out = torch.zeros(THREADS, dtype=torch.int32)
+    emulator.launch(faults(fault), "tally", 1, THREADS, (out,))
+    return out.tolist()
+
+
 SUMS = [sum(range(first, min(first + 64, 200))) for first in range(0, 200, 64)]
 
 
@@ -101,6 +107,7 @@ def test_sound_kernels_are_right_in_every_order(kind: str) -> None:
             assert neighbour(emulator, SOUND) == list(range(1, 201))
             assert last_block(emulator, SOUND) == 10
             assert reverse(emulator, SOUND) == list(range(THREADS))[::-1]
+            assert tally(emulator, SOUND) == [THREADS] * THREADS
 
 
 def test_a_missing_barrier_shows_as_another_result(plain: Emulator) -> None:
@@ -129,6 +136,14 @@ def test_the_last_block_needs_both_fences(races: Emulator, fault: int) -> None:
     for seed in range(5):
         with races.order(seed), pytest.raises(EmulatorError, match="last_block: a data race: thread 0 of block"):
             last_block(races, fault)
+
+
+@pytest.mark.parametrize("fault", [13, 14, 15])
+def test_an_atomic_hides_no_plain_access(races: Emulator, fault: int) -> None:
+    """A plain access and atomics of other threads are a race, whatever atomics the thread itself does besides."""
+    for seed in range(21):
+        with races.order(seed), pytest.raises(EmulatorError, match="tally: a data race: thread"):
+            tally(races, fault)
 
 
 @pytest.mark.parametrize("kind", ["", "races"])

@@ -94,3 +94,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) last_block(const float* in
     for (int i = 0; i < static_cast<int>(gridDim.x); ++i) sum += part[i];
     *out = sum;
 }
+
+// Number of threads, counted atomically. FAULT 13 leaves out the barrier between the plain write and the atomics,
+// FAULT 14 the one between the atomics and the plain read, FAULT 15 that before the next plain write.
+extern "C" __global__ void __launch_bounds__(THREADS) tally(int* out) {
+    __shared__ int total;
+    for (int round = 0; round < 2; round++) {
+        if (threadIdx.x == 0) total = 0;
+        if (FAULT != 13) __syncthreads();
+        atomicAdd(&total, 1);
+        if (FAULT != 14) __syncthreads();
+        out[threadIdx.x] = total;
+        if (FAULT != 15) __syncthreads();
+    }
+}

@@ -25,30 +25,37 @@ static inline void fence() {}
 #else
 
 struct Access {
-    uint64_t block = 0;  // counted from 1; 0: nobody
-    int thread = 0, barriers = 0;
-    unsigned clock = 0;
-    Kind kind = READ;
-    void* where = nullptr;
+    uint32_t block = 0;  // counted from 1; 0: nobody
+    uint16_t thread = 0;
+    uint16_t kind = READ;
+    uint32_t barriers = 0, clock = 0;
 };
 
-// The last write, the last read, the last read by another thread of its block and the last by another block.
+// Accesses of one kind that need not be ordered among themselves: the last one, and the last ones before it by another
+// thread of its warp, by another warp of its block and by another block. Whatever thread comes next, those of other
+// warps since the last barrier are among them, if there are any; within a warp that is so as long as its collectives
+// are of the whole warp.
+struct Unordered {
+    Access last, thread, warp, block;
+};
+
+// An atomic does not replace the plain write before it: other threads need not be ordered with both.
 struct Byte {
     uintptr_t address = 0;
-    Access write, read, other, foreign;
+    Access write;
+    Unordered reads, atomics;
 };
 
 // An atomic of a block that has called __threadfence(). For the block that runs: with its own fences at that time.
 struct Handover {
     uintptr_t address;
-    uint64_t block;
-    int thread, barriers, fences;
+    uint32_t block, thread, barriers;
+    int fences;
 };
 
 static Byte* table;
 static size_t capacity, used;
-static uint64_t block_number;
-static int barriers;
+static uint32_t block_number, barriers;
 static int fences;
 static unsigned clocks[MAX_THREADS][WARP];
 static std::vector<Handover> given, taken;
@@ -110,13 +117,28 @@ RUNTIME static bool ordered(const Access& before, const Access& after) {
     return before.thread / WARP == after.thread / WARP && clocks[after.thread][before.thread % WARP] > before.clock;
 }
 
-RUNTIME static void report(const Access& before, const Access& after, uintptr_t address) {
+RUNTIME static void compare(const Access& before, const Access& after, uintptr_t address) {
     static const char* const names[] = {"reads", "writes", "updates atomically"};
-    if (error[0]) return;
-    snprintf(error, sizeof error, "a data race: thread %d of block %llu %s and thread %d of block %llu %s the byte %p "
-             "with no barrier between them", before.thread, static_cast<unsigned long long>(before.block - 1),
-             names[before.kind], after.thread, static_cast<unsigned long long>(after.block - 1), names[after.kind],
-             reinterpret_cast<void*>(address));
+    if (ordered(before, after) || error[0]) return;
+    snprintf(error, sizeof error, "a data race: thread %d of block %u %s and thread %d of block %u %s the byte %p with no "
+             "barrier between them", before.thread, before.block - 1, names[before.kind], after.thread, after.block - 1,
+             names[after.kind], reinterpret_cast<void*>(address));
+}
+
+RUNTIME static void compare(const Unordered& before, const Access& after, uintptr_t address) {
+    if (!before.last.block) return;
+    compare(before.last, after, address);
+    compare(before.thread, after, address);
+    compare(before.warp, after, address);
+    compare(before.block, after, address);
+}
+
+RUNTIME static void remember(Unordered& accesses, const Access& current) {
+    const Access& last = accesses.last;
+    if (last.block != current.block) accesses.block = last;
+    else if (last.thread / WARP != current.thread / WARP) accesses.warp = last;
+    else if (last.thread != current.thread) accesses.thread = last;
+    accesses.last = current;
 }
 
 RUNTIME static void access(const void* pointer, size_t size, Kind kind) {
@@ -124,23 +146,17 @@ RUNTIME static void access(const void* pointer, size_t size, Kind kind) {
     if (!now || !watched(first)) return;
     Access current;
     current.block = block_number;
-    current.thread = now->number;
+    current.thread = static_cast<uint16_t>(now->number);
+    current.kind = static_cast<uint16_t>(kind);
     current.barriers = barriers;
     current.clock = clocks[now->number][now->number % WARP];
-    current.kind = kind;
     for (uintptr_t address = first; address < first + size; address++) {
         Byte* byte = find(address);
-        if (!ordered(byte->write, current)) report(byte->write, current, address);
-        if (kind == READ) {
-            if (byte->read.block != current.block) byte->foreign = byte->read;
-            else if (byte->read.thread != current.thread) byte->other = byte->read;
-            byte->read = current;
-        } else {
-            if (!ordered(byte->read, current)) report(byte->read, current, address);
-            if (!ordered(byte->other, current)) report(byte->other, current, address);
-            if (!ordered(byte->foreign, current)) report(byte->foreign, current, address);
-            byte->write = current;
-        }
+        compare(byte->write, current, address);
+        if (kind != ATOMIC) compare(byte->atomics, current, address);
+        if (kind != READ) compare(byte->reads, current, address);
+        if (kind == WRITE) byte->write = current;
+        else remember(kind == READ ? byte->reads : byte->atomics, current);
     }
     if (kind != ATOMIC) return;
     for (const Handover& from : given)
@@ -166,7 +182,7 @@ RUNTIME static void start_block() {
     taken.clear();
     memset(clocks, 0, sizeof clocks);
     for (size_t i = 0; i < capacity; i++)
-        if (shared(table[i].address)) table[i].write = table[i].read = table[i].other = table[i].foreign = Access();
+        if (shared(table[i].address)) table[i].write = Access(), table[i].reads = table[i].atomics = Unordered();
 }
 
 RUNTIME static void block_barrier() { barriers++; }
