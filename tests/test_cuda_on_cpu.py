@@ -1,5 +1,6 @@
 """The emulator itself: sound kernels give the right answer in every order, and each planted fault is reported."""
 
+import os
 import re
 import subprocess
 import sys
@@ -203,6 +204,19 @@ def test_an_access_out_of_bounds_is_reported(call: str, fault: int, message: str
         assert done.returncode != 0
     else:
         assert (done.returncode, done.stdout.strip()) == (0, "ran to the end"), done.stderr[-2000:]
+
+
+def test_the_command_shows_the_report(tmp_path: Path) -> None:
+    """The process ends inside a test, and what pytest had captured with it."""
+    test = tmp_path / "test_fault.py"
+    lines = ("import pytest, test_cuda_on_cpu as t", "@pytest.mark.emulated", "def test_fault():")
+    test.write_text("\n".join((*lines, f"    t.copy(t.Emulator(), {BEYOND_TENSOR})\n")))
+    tests = Path(__file__).parent
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join((str(tests), os.environ.get("PYTHONPATH", ""))))
+    command = [sys.executable, "-m", "tests.cuda_on_cpu", "address", str(test)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tests.parent, timeout=300)
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr and "faults.cu:" in done.stderr
 
 
 @pytest.mark.parametrize(

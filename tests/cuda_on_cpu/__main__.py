@@ -30,7 +30,9 @@ def main() -> None:
     if not arguments:
         arguments = [f"tests/test_{name}.py" for name in TESTS if not (races and name in SLOW)]
         arguments += ["-k", f"not ({' or '.join(LONG)})"] if races else []
-    command = [sys.executable, "-m", "pytest", "-m", "emulated", "-q", "-p", "no:cacheprovider", *arguments]
+    # A sanitizer writes its report to the file that is standard error, and ends the process: pytest must not hold that.
+    options = ["-m", "emulated", "-q", "-p", "no:cacheprovider", "--capture=sys"]
+    command = [sys.executable, "-m", "pytest", *options, *arguments]
     os.execve(sys.executable, command, checked_environment(sys.argv[1]))
 
 
