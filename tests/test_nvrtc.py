@@ -45,34 +45,51 @@ def test_compiles_without_spills(source: _launch.CudaSource, dtype: torch.dtype 
             assert row.registers * row.threads <= 65536
 
 
+#: Kernels that call exp or log, which are made of fused multiply-adds.
+EXP = {"decode_anchors", "score_classes", "decode_candidates", "emit_detections"}
+LOG = {"match_draw_anchors", "match_draw_proposals"}
+
+
 @pytest.mark.parametrize("arch", archs())
 def test_no_fused_multiply_add_in_area_iou_clip_and_anchors(arch: int) -> None:
+    """Every kernel but those of RoI Align, which computes none of them and whose sums are fused.
+
+    An exponential is known by its ``ex2``, so those who call it have as many multiply-adds as these bring, and not one
+    more. A logarithm has no instruction of its own: a whole number of logarithms then.
+    """
     probe = _launch.CudaSource("probe", folder=Path(cuda_on_cpu.__file__).parent)
-    assert set(probe.kernels()) == {"probe_area", "probe_iou", "probe_clip", "probe_fused"}
     bodies = entries(ptx(probe, None, arch))
     for kernel in ("probe_area", "probe_iou", "probe_clip"):
         assert "fma" not in bodies[kernel]
         assert ".ftz" not in bodies[kernel]
     assert "fma.rn.f32" in bodies["probe_fused"], "the search would find one"
+    of_exp, of_log = bodies["probe_exp"].count("fma."), bodies["probe_log"].count("fma.")
+    assert of_exp > 1 and bodies["probe_exp"].count("ex2.") == 1
+    assert of_log > 1 and "ex2." not in bodies["probe_log"]
+    seen = set()
     for source in SOURCES:
-        if source.name in ("anchors", "nms"):
-            assert "fma" not in ptx(source, None, arch)
+        for dtype in source.dtypes if source.name != "roi_align" else ():
+            for kernel, body in entries(ptx(source, dtype, arch)).items():
+                seen.add(kernel)
+                exps, fused = body.count("ex2."), body.count("fma.") - of_exp * body.count("ex2.")
+                assert (exps > 0) == (kernel in EXP), kernel
+                assert fused % of_log == 0 if kernel in LOG else fused == 0, kernel
+                assert ".ftz" not in body.replace("ex2.approx.ftz", ""), kernel
+    assert seen >= EXP | LOG | {"anchor_grid", "match_reach", "match_assign", "match_assign_proposals", "nms_padded"}
 
 
 #: Kernels that read, and of these those that write, 16 bytes at a time: boxes, and the channels of a map.
-WIDE_LOADS = {
-    *(
-        "nms_padded",
-        "nms_batched",
-        "match_reach",
-        "match_assign",
-        "decode_anchors",
-        "merge_levels",
-        "decode_candidates",
-    ),
+READ_BOXES = {
+    *("nms_padded", "nms_batched", "decode_anchors", "merge_levels", "decode_candidates", "emit_detections"),
+    *("match_reach", "match_assign", "match_assign_proposals", "match_draw_anchors", "match_draw_proposals"),
+}
+WIDE_LOADS = READ_BOXES | {"roi_align_forward", "roi_align_backward", "roi_pool_forward"}
+WIDE_STORES = {
+    *("decode_anchors", "merge_levels", "decode_candidates", "emit_detections"),
     *("roi_align_forward", "roi_align_backward", "roi_pool_forward"),
 }
-WIDE_STORES = {"decode_anchors", "merge_levels", "roi_align_forward", "roi_align_backward", "roi_pool_forward"}
+#: Kernels that read the four deltas of a box one by one, from a head's output that may begin anywhere.
+READ_DELTAS = {"decode_anchors", "decode_candidates", "emit_detections"}
 
 
 @pytest.mark.parametrize(("source", "dtype"), CASES)
@@ -84,6 +101,17 @@ def test_sixteen_bytes_at_a_time(source: _launch.CudaSource, dtype: torch.dtype 
                 assert re.search(r"\bld(\.global)?(\.nc)?\.v4\.[fbu]32", body), kernel
             if kernel in WIDE_STORES:
                 assert re.search(r"\bst(\.global)?\.v4\.[fbu]32", body), kernel
+            if kernel in READ_BOXES:
+                deltas = dtype == torch.float32 and kernel in READ_DELTAS
+                assert quadruples(body) == int(deltas), f"{kernel} reads a box in four pieces"
+
+
+def quadruples(body: str) -> int:
+    """How often four neighbouring words of global memory are read one by one."""
+    offsets: dict[str, set[int]] = {}
+    for base, offset in re.findall(r"\bld\.global(?:\.nc)?\.[fbu]32\s+%\w+, \[(%\w+)(?:\+(-?\d+))?\]", body):
+        offsets.setdefault(base, set()).add(int(offset or 0))
+    return sum({i, i + 4, i + 8, i + 12} <= known for known in offsets.values() for i in known)
 
 
 def test_the_wide_kernels_are_there() -> None:

@@ -20,6 +20,17 @@ extern "C" __global__ void probe_clip(const float* a, float* out, float height, 
     if (i < count) store_box(out, i, box_clip(load_box(a, i), height, width));
 }
 
+// The multiply-adds that one exponential and one logarithm consist of.
+extern "C" __global__ void probe_exp(const float* a, float* out, int count) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) out[i] = expf(a[i]);
+}
+
+extern "C" __global__ void probe_log(const float* a, float* out, int count) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) out[i] = logf(a[i]);
+}
+
 // What a fused multiply-add looks like.
 extern "C" __global__ void probe_fused(const float* a, float* out, int count) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
