@@ -203,6 +203,17 @@ def test_classes_of_every_size_and_name(device: torch.device) -> None:
     assert len(alone) == int(boxes.isfinite().all(dim=1).sum())
 
 
+@pytest.mark.parametrize("most", [SMALL, KERNEL_CHUNK])
+@pytest.mark.parametrize("classes", [1, 2])
+def test_classes_that_fill_a_list(classes: int, most: int, device: torch.device) -> None:
+    """Nothing but classes as large as a list takes them: there is no room for them in the list of larger ones."""
+    boxes, scores = random_boxes(classes * most, 5, 300), random_scores(classes * most, 5)
+    groups = torch.arange(classes * most) % classes
+    expected = _nms_cpu(boxes, scores, groups, THRESHOLDS[1])
+    found = batched_nms(boxes.to(device), scores.to(device), groups.to(device), THRESHOLDS[1])
+    assert torch.equal(found.cpu(), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64])
 def test_classes_of_every_integer_type(dtype: torch.dtype, device: torch.device) -> None:
     boxes, scores = random_boxes(90, 4).to(device), random_scores(90, 4).to(device)

@@ -243,6 +243,19 @@ def test_level_at_the_canonical_size(device: torch.device) -> None:
         assert pooled.item() == pytest.approx(level, rel=8 * EPS)  # four products on weights of two factors
 
 
+@pytest.mark.parametrize("ulp", [1, 2, 3, 4, 100, 1000])
+def test_level_just_below_a_canonical_size(ulp: int, device: torch.device) -> None:
+    """A few ulp below a size that is a whole level's, a logarithm or a root off in its last bit changes nothing."""
+    maps = [torch.full((1, 1, 100, 100), float(k), device=device) for k in range(2, 6)]
+    for whole, level in ((112.0, 3), (224.0, 4), (448.0, 5)):
+        side = whole - ulp * EPS / 2 * 2 ** math.ceil(math.log2(whole))
+        box = [0.0, 0.0, side, side]
+        assert reference.pyramid_level(box, 2, 5) == (level if ulp < 5 else level - 1)
+        roi = torch.tensor([[0.0, *box]], device=device)
+        pooled = multiscale_roi_align(maps, roi, 1, (1 / 4, 1 / 8, 1 / 16, 1 / 32), 1)
+        assert round(pooled.item()) == reference.pyramid_level(box, 2, 5)
+
+
 def test_only_levels_that_need_it_get_a_gradient(device: torch.device) -> None:
     first, second = torch.ones(1, 1, 8, 8, device=device), torch.ones(1, 1, 4, 4, device=device, requires_grad=True)
     rois = torch.tensor([[0.0, 0, 0, 4, 4], [0, 0, 0, 448, 448]], device=device)
@@ -314,6 +327,10 @@ def test_regions_far_larger_than_the_map(device: torch.device) -> None:
     assert ones.grad is not None
     # Seven samples in y and x; the sums of weights are exact.
     assert torch.equal(ones.grad.sum(dim=(2, 3)).cpu(), output.detach().view(1, 4).cpu())
+    # Bins of 2 ** 33 cells have 2 ** 30 samples. At those in the middle float32 knows numbers 32 and 64 apart, so that
+    # the 16 before the middle, it and the 32 behind it all fall on cell 0.
+    output = roi_align(ones, large.sign() * 2**32, 1)
+    assert torch.equal(output.cpu(), torch.full((1, 4, 1, 1), (49 / 2**30) ** 2))
     for extent in (1e9, 1e30, 3e38):
         rois = torch.tensor([[0.0, -extent, -extent, extent, extent], [0, 0, 0, extent, extent]], device=device)
         for aligned in (False, True):
