@@ -81,23 +81,14 @@ def anchors(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[
             f"shapes and strides must have one entry for each of {len(cells)} levels, "
             f"got {len(shapes)} shapes and {len(strides)} strides"
         )
-    for level, (shape, stride) in enumerate(zip(shapes, strides, strict=True)):
-        if len(shape) != 2:
-            raise ValueError(f"shapes[{level}] must be a height and a width, got {shape}")
-        for side in shape:
-            check_whole(f"shapes[{level}]", side, 0)
-        check_real(f"strides[{level}]", stride)
-        if not stride > 0:
-            raise ValueError(f"strides[{level}] must be above 0, got {stride}")
-    body = _cuda if _launch.uses_kernels(cells) else _cpu
     if cells.is_inference():  # such a tensor does not tell that it was changed
-        return body(cells, shapes, strides)
-    key = id(cells), cells._version, tuple(map(tuple, shapes)), tuple(map(float, strides))
+        return _made(cells, shapes, strides)
+    key = id(cells), cells._version, tuple(map(tuple, shapes)), tuple(strides)
     found = _cache.get(key)
     if found is None:
         # A cached tensor outlives the call, so it must be usable in training too. Holding `cells` keeps its id taken.
         with torch.inference_mode(False), torch.no_grad():
-            found = (cells, body(cells, shapes, strides))
+            found = (cells, _made(cells, shapes, strides))
         _cache[key] = found
         while len(_cache) > _CACHED:
             _cache.popitem(last=False)
@@ -109,6 +100,18 @@ def anchors(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[
 def kept() -> list[Tensor]:
     """The grids that are kept now. Whoever records a CUDA graph holds them: it reads their memory at every replay."""
     return [grid for _, grid in _cache.values()]
+
+
+def _made(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[float]) -> Tensor:
+    for level, (shape, stride) in enumerate(zip(shapes, strides, strict=True)):
+        if len(shape) != 2:
+            raise ValueError(f"shapes[{level}] must be a height and a width, got {shape}")
+        for side in shape:
+            check_whole(f"shapes[{level}]", side, 0)
+        check_real(f"strides[{level}]", stride)
+        if not stride > 0:
+            raise ValueError(f"strides[{level}] must be above 0, got {stride}")
+    return (_cuda if _launch.uses_kernels(cells) else _cpu)(cells, shapes, strides)
 
 
 def _cpu(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[float]) -> Tensor:
