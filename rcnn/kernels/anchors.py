@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rcnn.kernels import _launch
-from rcnn.kernels.checks import check_real, check_tensors, check_whole
+from rcnn.kernels.checks import check_positive, check_tensors, check_whole
 
 #: Anchor grids kept for re-use; a batch of another size than the last ones makes its own.
 _CACHED = 16
@@ -108,9 +108,7 @@ def _made(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[fl
             raise ValueError(f"shapes[{level}] must be a height and a width, got {shape}")
         for side in shape:
             check_whole(f"shapes[{level}]", side, 0)
-        check_real(f"strides[{level}]", stride)
-        if not stride > 0:
-            raise ValueError(f"strides[{level}] must be above 0, got {stride}")
+        check_positive(f"strides[{level}]", stride)
     return (_cuda if _launch.uses_kernels(cells) else _cpu)(cells, shapes, strides)
 
 

@@ -58,6 +58,18 @@ def check_real(name: str, value: Any, low: float = -math.inf, high: float = math
     raise ValueError(f"{name} must {allowed if math.isfinite(low) else 'be a finite number'}, got {value}")
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Refuse what is not a finite number above 0.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is out of range.
+    """
+    check_real(name, value)
+    if not value > 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+
+
 def check_whole(name: str, value: Any, low: int) -> None:
     """Refuse what is not an integer of at least ``low`` that fits in 32 bits.
 

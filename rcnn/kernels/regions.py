@@ -6,7 +6,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from rcnn.kernels.checks import check_floating, check_real, check_tensors
+from rcnn.kernels.checks import check_floating, check_positive, check_tensors
 
 #: Blocks that keep a large GPU busy in a forward pass: with fewer regions than that, several blocks share one.
 BLOCKS = 1024
@@ -56,9 +56,7 @@ def check_pool(
     if rois.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"boxes must not require a gradient: {op} has none for them, pass boxes.detach()")
     for scale in scales:
-        check_real("spatial_scale", scale)
-        if not scale > 0:
-            raise ValueError(f"spatial_scale must be above 0, got {scale}")
+        check_positive("spatial_scale", scale)
     pair = tuple(output_size) if isinstance(output_size, Sequence) else (output_size, output_size)
     if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in pair):
         raise ValueError(f"output_size must be one or two positive integers, got {output_size!r}")

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from rcnn import boxes as geometry
 from rcnn.kernels import _launch
-from rcnn.kernels.checks import check_real, check_whole
+from rcnn.kernels.checks import check_positive, check_real, check_whole
 from rcnn.kernels.regions import (
     BLOCKS,
     as_map,
@@ -142,9 +142,7 @@ def multiscale_roi_align(
         raise ValueError(f"spatial_scales must halve from level to level, got {list(scales)}")
     _check_ratio(sampling_ratio)
     check_real("canonical_level", canonical_level)
-    check_real("canonical_scale", canonical_scale)
-    if not canonical_scale > 0:
-        raise ValueError(f"canonical_scale must be above 0, got {canonical_scale}")
+    check_positive("canonical_scale", canonical_scale)
     place = _Placement(scales, size, int(sampling_ratio), bool(aligned), canonical_scale, canonical_level)
     return _RoIAlign.apply(rois, place, *features)
 
