@@ -1,11 +1,15 @@
 """The launcher against a stand-in for CuPy with the real NVRTC: what is passed on, what is refused, what is kept."""
 
 import contextlib
+import ctypes
+import math
 import struct
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +29,33 @@ def source(**constants: int) -> CudaSource:
 
 
 class _Function:
-    """What CuPy's ``RawKernel`` offers."""
+    """What CuPy's ``RawKernel`` offers, and the driver's handle in it."""
 
     def __init__(self, name: str, path: str) -> None:
-        self.name, self.path, self.loaded, self.calls = name, path, False, []
+        self.name, self.path = name, path
         self.max_dynamic_shared_size_bytes = 48 << 10
 
     @property
     def kernel(self) -> "_Function":
         if not Path(self.path).read_bytes().startswith((b"\x7fELF", b"//")):
             raise RuntimeError("CUDA_ERROR_INVALID_IMAGE: device kernel image is invalid")
-        self.loaded = True
         return self
 
-    def __call__(self, grid: tuple, block: tuple, args: tuple, *, shared_mem: int, stream: Any) -> None:
-        self.calls.append((grid, block, args, shared_mem, stream))
+    @property
+    def ptr(self) -> int:
+        return sum(map(ord, self.name))
+
+
+@dataclass
+class _Launch:
+    """A call of the driver: grid, block and the first words of the packed arguments."""
+
+    pointer: int
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    shared: int
+    stream: int
+    words: list[bytes]
 
 
 class _Module:
@@ -61,31 +77,29 @@ class _Device(contextlib.nullcontext):
         _Device.entered.append(self.index)
 
 
-class _Stream:
-    def __init__(self, pointer: int) -> None:
-        self.ptr = pointer
-
-    @classmethod
-    def from_external(cls, handle: Any) -> "_Stream":
-        version, pointer = handle.__cuda_stream__()
-        assert version == 0
-        return cls(pointer)
-
-
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[types.SimpleNamespace]:
     """A machine with an H100 as device 1, as far as the launcher can tell; CPU tensors lie on it."""
     import cupy
 
+    def launch(pointer: int, *numbers: int) -> None:
+        *sizes, shared, stream, address, extra = numbers
+        assert extra == 0
+        words = [ctypes.string_at(place, 8) for place in (ctypes.c_void_p * 3).from_address(address)]
+        fake.launches.append(_Launch(pointer, tuple(sizes[:3]), tuple(sizes[3:]), shared, stream, words))
+
     fake = types.SimpleNamespace(
         RawModule=_Module,
-        from_dlpack=lambda capsule: torch.utils.dlpack.from_dlpack(capsule),
         cuda=types.SimpleNamespace(
             Device=_Device,
-            Stream=_Stream,
-            runtime=types.SimpleNamespace(getDevice=lambda: fake.current),
+            runtime=types.SimpleNamespace(
+                getDevice=lambda: fake.current, setDevice=lambda index: fake.made_current.append(index)
+            ),
+            driver=types.SimpleNamespace(launchKernel=launch),
             nvrtc=cupy.cuda.nvrtc,
         ),
+        launches=[],
+        made_current=[],
         current=0,
         capability=(9, 0),
     )
@@ -95,55 +109,77 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[types.Simpl
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: fake.capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=4000 + index))
-    for cached in (_launch.load, _launch._stream, _launch._say_once, _launch._memory):
+    for cached in (_launch.load, _launch._say_once, _launch._memory):
         cached.cache_clear()
+    monkeypatch.setattr(_launch, "_packed", _launch._Packed())
     _Device.entered.clear()
     yield fake
-    for cached in (_launch.load, _launch._stream, _launch._say_once, _launch._memory):
+    for cached in (_launch.load, _launch._say_once, _launch._memory):
         cached.cache_clear()
 
 
 def test_a_launch_passes_grid_block_arguments_and_torchs_stream(gpu: types.SimpleNamespace) -> None:
     kernels = source()
-    x, out = torch.arange(200.0), torch.zeros(200)
-    _launch.launch(kernels, "copy", (4, 1), 64, (x, out, np.int32(200)))
-    function = _launch.load(kernels, None, 1)["copy"]
-    ((grid, block, args, shared, stream),) = function.calls
-    assert (grid, block, shared, stream.ptr) == ((4, 1), (64,), 0, 4001)
-    assert args[0].data_ptr() == x.data_ptr()
-    assert args[1].data_ptr() == out.data_ptr()
-    assert args[2] == 200
-    assert type(args[2]) is np.int32
-    assert function.loaded
+    x, out = torch.arange(200.0, requires_grad=True), torch.zeros(200, dtype=torch.bfloat16)
+    _launch.launch(kernels, "copy", (4, 2), 64, (x, out, np.int32(-200)))
+    (made,) = gpu.launches
+    assert (made.grid, made.block, made.shared, made.stream) == ((4, 2, 1), (64, 1, 1), 0, 4001)
+    assert made.pointer == sum(map(ord, "copy"))
+    assert struct.unpack("Q", made.words[0]) == (x.data_ptr(),)
+    assert struct.unpack("Q", made.words[1]) == (out.data_ptr(),)
+    assert struct.unpack("i4x", made.words[2]) == (-200,)
     assert _Device.entered[0] == 1  # device 0 is current in this thread
 
 
-def test_tensors_cross_without_gradient_and_bfloat16_as_int16(gpu: types.SimpleNamespace) -> None:
-    kernels = source()
-    x = torch.zeros(8, requires_grad=True)
-    _launch.launch(kernels, "copy", 1, 64, (x, torch.ones(8, dtype=torch.bfloat16), None))
-    args = _launch.load(kernels, None, 1)["copy"].calls[0][2]
-    assert not args[0].requires_grad
-    assert args[1].dtype == torch.int16
-    assert args[1][0] == 0x3F80
-    assert args[2] == 0
-    assert type(args[2]) is np.uint64  # a null pointer
+@pytest.mark.parametrize(
+    ("argument", "layout", "value"),
+    [
+        (None, "Q", 0),
+        (np.int32(-5), "i4x", -5),
+        (np.int64(-(1 << 40)), "q", -(1 << 40)),
+        (np.uint64((1 << 64) - 1), "Q", (1 << 64) - 1),
+        (np.float32(0.1), "f4x", float(np.float32(0.1))),
+        (np.float32("inf"), "f4x", math.inf),
+        (np.float32(0), "f4x", 0.0),
+    ],
+)
+def test_numbers_keep_their_type_and_none_is_a_null_pointer(
+    gpu: types.SimpleNamespace, argument: Any, layout: str, value: Any
+) -> None:
+    _launch.launch(source(), "copy", 1, 64, (torch.zeros(8), argument, np.int32(7)))
+    words = gpu.launches[0].words
+    assert struct.unpack(layout, words[1]) == (value,)
+    assert struct.unpack("i4x", words[2]) == (7,)
+
+
+def test_a_thread_has_arguments_of_its_own_and_makes_the_device_current_once(gpu: types.SimpleNamespace) -> None:
+    def twice() -> None:
+        for _ in range(2):
+            _launch.launch(source(), "copy", 1, 64, (torch.zeros(8), torch.zeros(8), np.int32(8)))
+        addresses.append(_launch._packed.address)
+
+    addresses: list[int] = []
+    twice()
+    thread = threading.Thread(target=twice)
+    thread.start()
+    thread.join()
+    assert gpu.made_current == [1, 1]
+    assert addresses[0] != addresses[1]
 
 
 def test_an_empty_grid_launches_nothing(gpu: types.SimpleNamespace) -> None:
-    kernels = source()
-    _launch.launch(kernels, "copy", (0, 5), 64, (torch.zeros(0), torch.zeros(0), np.int32(0)))
-    assert _launch.load(kernels, None, 1)["copy"].calls == []
+    _launch.launch(source(), "copy", (0, 5), 64, (torch.zeros(0), torch.zeros(0), np.int32(0)))
+    assert gpu.launches == []
 
 
 def test_more_than_48_kb_of_shared_memory_is_asked_for(gpu: types.SimpleNamespace) -> None:
     kernels = source()
     args = (torch.zeros(64), torch.zeros(64))
-    _launch.launch(kernels, "reverse", 1, 64, args, shared=48 << 10)
-    function = _launch.load(kernels, None, 1)["reverse"]
-    assert function.max_dynamic_shared_size_bytes == 48 << 10
-    _launch.launch(kernels, "reverse", 1, 64, args, shared=64 << 10)
-    assert function.max_dynamic_shared_size_bytes == 64 << 10
+    loaded = _launch.load(kernels, None, 1)["reverse"]
+    for shared, most in ((48 << 10, 48 << 10), (64 << 10, 64 << 10), (50 << 10, 64 << 10)):
+        _launch.launch(kernels, "reverse", 1, 64, args, shared=shared)
+        assert loaded.function.max_dynamic_shared_size_bytes == most
+    assert [made.shared for made in gpu.launches] == [48 << 10, 64 << 10, 50 << 10]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +202,14 @@ def test_what_cupy_would_pass_on_unseen_is_refused(args: tuple, error: type[Exce
 def test_a_grid_too_large_is_refused() -> None:
     with pytest.raises(ValueError, match="limited to 65535 blocks here"):
         _launch.check(source(), (1, 65536), 64, ())
-    assert _launch.check(source(), (1 << 20, 65535), 64, ()) == ((1 << 20, 65535), (64,))
+    assert _launch.check(source(), (1 << 20, 65535), 64, ()) == ((1 << 20, 65535, 1), (64, 1, 1))
+    assert _launch.check(source(), (1, 2, 3), (4, 5, 6), ()) == ((1, 2, 3), (4, 5, 6))
+
+
+def test_more_arguments_than_there_is_room_for_are_refused() -> None:
+    assert _launch.check(source(), 1, 64, [None] * 128)
+    with pytest.raises(ValueError, match="faults: a kernel takes at most 128 arguments, got 129"):
+        _launch.check(source(), 1, 64, [None] * 129)
 
 
 def test_an_unknown_storage_type_is_refused() -> None:

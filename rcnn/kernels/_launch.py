@@ -2,34 +2,35 @@
 
 The only file that imports CuPy, and only once a kernel is asked for. What it knows, so that no op has to:
 
-* CuPy checks no argument, and sends a Python float as double and an int as long long. Numbers must come as NumPy
-  scalars of the kernel's types.
-* Tensors cross by DLPack as capsules. The exchange that takes a stream would make torch wait on CuPy's current stream,
-  which must not happen while a graph is captured. bfloat16, which CuPy does not have, crosses as int16.
-* CuPy's current stream belongs to a thread, and autograd runs the backward pass in a thread of its own: every launch
-  names torch's current stream.
+* A launch copies its arguments and knows no types. Numbers must come as NumPy scalars of the kernel's types.
+* Tensors cross as their addresses. The driver is called through CuPy with all arguments packed at once: CuPy's own way,
+  with an array for each tensor by DLPack, costs the host ten times as long (docs/kernels.md).
+* Autograd runs the backward pass in a thread of its own: every launch names torch's current stream, and the first of
+  a thread makes the device's context current in it.
 * NVRTC's output is kept in a file named by a hash of the spliced source, the options and the compiler. CuPy's own
   cache does not see a change of an included file, and CuPy adds ``-ftz=true``, which would flush small areas to zero.
 * A module must be loaded before a CUDA graph is captured: :func:`load`, which ``rcnn.kernels.warmup`` calls.
 """
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import re
+import struct
 import sys
 import tempfile
 import threading
 import warnings
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack
 
 from rcnn.files import atomic_write
 
@@ -45,7 +46,10 @@ _ADVICE = "python -m rcnn.env gives the pip line that mends it"
 
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 _KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(')
-_NUMBERS = (np.int32, np.int64, np.uint64, np.float32)
+#: Layout of each kind of argument; all take 8 bytes.
+_LAYOUT: dict[type, str] = {np.int32: "i4x", np.float32: "f4x", np.int64: "q", np.uint64: "Q"}
+#: Arguments of a kernel at most.
+_ARGUMENTS = 128
 _lock = threading.Lock()
 
 
@@ -119,8 +123,8 @@ def launch(
     Args:
         source: the file.
         kernel: name in the file.
-        grid: blocks in x, y, z; nothing happens if one is 0.
-        block: threads in x, y, z.
+        grid: blocks in x, y, z; those left out are 1; nothing happens if one is 0.
+        block: threads in x, y, z, likewise.
         args: dense tensors on one device, None for a null pointer, NumPy scalars of the kernel's types.
         dtype: storage type, for a source that has several.
         shared: dynamic shared memory, bytes.
@@ -135,20 +139,49 @@ def launch(
     device = next(x.device for x in args if isinstance(x, Tensor))
     index = device.index if device.index is not None else torch.cuda.current_device()
     cupy = _cupy()
-    # Without this guard CuPy would launch on the device that is current in this thread.
+    # Without this guard the launch would go to the device that is current in this thread.
     guard = cupy.cuda.Device(index) if cupy.cuda.runtime.getDevice() != index else contextlib.nullcontext()
     with guard:
-        function = load(source, dtype, index)[kernel]
-        if shared > SHARED_LIMIT and function.max_dynamic_shared_size_bytes < shared:
-            function.max_dynamic_shared_size_bytes = shared
-        stream = _stream(torch.cuda.current_stream(index).cuda_stream, index)
-        function(blocks, threads, tuple(_argument(x, cupy) for x in args), shared_mem=shared, stream=stream)
+        if index not in _packed.devices:
+            cupy.cuda.runtime.setDevice(index)
+            _packed.devices.add(index)
+        loaded = load(source, dtype, index)[kernel]
+        if shared > loaded.shared:
+            loaded.function.max_dynamic_shared_size_bytes = loaded.shared = shared
+        _packed.put(args)
+        stream = torch.cuda.current_stream(index).cuda_stream
+        cupy.cuda.driver.launchKernel(loaded.pointer, *blocks, *threads, shared, stream, _packed.address, 0)
+
+
+class _Packed(threading.local):
+    """The arguments of a launch in memory, a thread's own: the driver has read them when the launch returns.
+
+    Attributes:
+        address: of an array with the address of each argument, as the driver takes it.
+        devices: whose context has been current in this thread.
+    """
+
+    def __init__(self) -> None:
+        self._values = (ctypes.c_char * (8 * _ARGUMENTS))()
+        first = ctypes.addressof(self._values)
+        self._addresses = (ctypes.c_void_p * _ARGUMENTS)(*range(first, first + 8 * _ARGUMENTS, 8))
+        self.address = ctypes.addressof(self._addresses)
+        self.devices: set[int] = set()
+
+    def put(self, args: "Sequence[Tensor | np.generic | None]") -> None:
+        """Write tensors as addresses, None as a null pointer, numbers as they are."""
+        layout = "=" + "".join([_LAYOUT.get(type(x), "Q") for x in args])
+        values = [x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else x for x in args]
+        struct.pack_into(layout, self._values, 0, *values)
+
+
+_packed = _Packed()
 
 
 def check(
     source: CudaSource, grid: int | tuple[int, ...], block: int | tuple[int, ...], args: Sequence[Any]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Refuse what CuPy would pass on unseen; gives grid and block as tuples.
+    """Refuse what CuPy would pass on unseen; gives grid and block as three numbers each.
 
     Raises:
         ValueError: a tensor is not dense, has 2**31 elements or more, or lies on another device than the others.
@@ -167,46 +200,35 @@ def check(
                 )
             if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
                 raise ValueError(f"{source.name}: argument {position} must be dense, got strides {x.stride()}")
-        elif x is not None and not isinstance(x, _NUMBERS):
+        elif x is not None and type(x) not in _LAYOUT:
             raise TypeError(
                 f"{source.name}: argument {position} must be a tensor, None or a NumPy int32, int64, uint64 or "
                 f"float32, got {type(x).__name__}"
             )
-    blocks = grid if isinstance(grid, tuple) else (grid,)
-    threads = block if isinstance(block, tuple) else (block,)
-    for limit, blocks_in in zip((2**31 - 1, 65535, 65535), blocks, strict=False):
+    if len(args) > _ARGUMENTS:
+        raise ValueError(f"{source.name}: a kernel takes at most {_ARGUMENTS} arguments, got {len(args)}")
+    blocks, threads = _three(grid), _three(block)
+    for limit, blocks_in in zip((2**31 - 1, 65535, 65535), blocks, strict=True):
         if blocks_in > limit:
             raise ValueError(f"{source.name}: a grid is limited to {limit} blocks here, got {blocks}")
     return blocks, threads
 
 
-def _argument(x: "Tensor | np.generic | None", cupy: Any) -> Any:
-    if isinstance(x, Tensor):
-        x = x.detach()
-        return cupy.from_dlpack(to_dlpack(x.view(torch.int16) if x.dtype == torch.bfloat16 else x))
-    return np.uint64(0) if x is None else x
+def _three(extent: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (extent, 1, 1) if isinstance(extent, int) else (*extent, 1, 1)[:3]
 
 
-class _Handle:
-    """A stream under the CUDA stream protocol, which torch's own class has only in later versions."""
+@dataclass
+class _Loaded:
+    """A kernel on a device: CuPy's object, the driver's handle, and the dynamic shared memory that it may have."""
 
-    def __init__(self, pointer: int) -> None:
-        self.pointer = pointer
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.pointer
-
-
-@lru_cache(maxsize=64)
-def _stream(pointer: int, index: int) -> Any:
-    cuda = _cupy().cuda
-    if hasattr(cuda.Stream, "from_external"):
-        return cuda.Stream.from_external(_Handle(pointer))
-    return cuda.ExternalStream(pointer, index)
+    function: Any
+    pointer: int
+    shared: int = SHARED_LIMIT
 
 
 @cache
-def load(source: CudaSource, dtype: torch.dtype | None, index: int) -> dict[str, Any]:
+def load(source: CudaSource, dtype: torch.dtype | None, index: int) -> dict[str, _Loaded]:
     """Compile, or find compiled, and load all kernels of a source on a device.
 
     Args:
@@ -215,7 +237,7 @@ def load(source: CudaSource, dtype: torch.dtype | None, index: int) -> dict[str,
         index: of the CUDA device.
 
     Returns:
-        CuPy's kernel by name.
+        Kernels by name.
 
     Raises:
         KernelError: CuPy, NVRTC, the GPU or the cache fails.
@@ -228,9 +250,8 @@ def load(source: CudaSource, dtype: torch.dtype | None, index: int) -> dict[str,
             try:
                 module = cupy.RawModule(path=str(path))
                 functions = {name: module.get_function(name) for name in source.kernels()}
-                for function in functions.values():
-                    function.kernel  # noqa: B018  # loads now: it must not happen during a graph's capture
-                return functions
+                # Asking for the handle loads the module now: it must not happen during a graph's capture.
+                return {name: _Loaded(function, function.kernel.ptr) for name, function in functions.items()}
             except Exception as error:  # CuPy has no common base of the driver's errors
                 failure = error
         raise KernelError(

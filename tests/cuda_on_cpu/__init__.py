@@ -183,7 +183,7 @@ class Emulator:
         if 0 in blocks:
             return
         count = int(np.prod(threads))
-        if not 1 <= count <= 1024 or len(threads) == 3 and threads[2] > 64:
+        if not 1 <= count <= 1024 or threads[2] > 64:
             raise EmulatorError(f"{kernel}: a block has 1 to 1024 threads, got {threads}")
         if shared > 227 << 10:
             raise EmulatorError(f"{kernel}: no GPU has {shared} bytes of shared memory for a block")
@@ -195,7 +195,7 @@ class Emulator:
             raise EmulatorError(f"{kernel} takes {len(words)} arguments, got {len(args)}")
         values = [_value(kernel, i, word, arg) for i, (word, arg) in enumerate(zip(words, args, strict=True))]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        sizes = (ctypes.c_uint * 6)(*(*blocks, 1, 1)[:3], *(*threads, 1, 1)[:3])
+        sizes = (ctypes.c_uint * 6)(*blocks, *threads)
         run = getattr(library, f"run_{kernel}")
         run.restype = ctypes.c_char_p
         run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64]
