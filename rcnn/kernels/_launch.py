@@ -189,22 +189,23 @@ def check(
     """
     device = None
     for position, x in enumerate(args):
-        if isinstance(x, Tensor):
-            if device is None:
-                device = x.device
-            elif x.device != device:
-                raise ValueError(f"{source.name}: all tensors must be on one device, got {device} and {x.device}")
-            if x.numel() >= 1 << 31:
-                raise ValueError(
-                    f"{source.name}: a tensor must have fewer than 2**31 elements on a GPU, got {tuple(x.shape)}"
-                )
-            if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
-                raise ValueError(f"{source.name}: argument {position} must be dense, got strides {x.stride()}")
-        elif x is not None and type(x) not in _LAYOUT:
+        if x is None or type(x) in _LAYOUT:
+            continue
+        if not isinstance(x, Tensor):
             raise TypeError(
                 f"{source.name}: argument {position} must be a tensor, None or a NumPy int32, int64, uint64 or "
                 f"float32, got {type(x).__name__}"
             )
+        if device is None:
+            device = x.device
+        elif x.device != device:
+            raise ValueError(f"{source.name}: all tensors must be on one device, got {device} and {x.device}")
+        if x.numel() >= 1 << 31:
+            raise ValueError(
+                f"{source.name}: a tensor must have fewer than 2**31 elements on a GPU, got {tuple(x.shape)}"
+            )
+        if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
+            raise ValueError(f"{source.name}: argument {position} must be dense, got strides {x.stride()}")
     if len(args) > _ARGUMENTS:
         raise ValueError(f"{source.name}: a kernel takes at most {_ARGUMENTS} arguments, got {len(args)}")
     blocks, threads = _three(grid), _three(block)

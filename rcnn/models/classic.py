@@ -288,8 +288,10 @@ class RPN(nn.Module):
     def _computer_forward(self, im_data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The maps of ``features``, ``bbox_conv`` and ``score_conv`` for ``(B, 3, H, W)`` normalised pictures."""
         features = self.features(im_data.to(self.step.device, memory_format=torch.channels_last))
-        hidden = self.conv1(features)
-        return features, self.bbox_conv(hidden), self.score_conv(hidden)
+        objectness, deltas = self.network.head([features])
+        cells = len(features), *features.shape[2:], -1
+        logits, deltas = (rows.reshape(cells).permute(0, 3, 1, 2) for rows in (objectness, deltas))
+        return features, deltas, _TwoScores()(logits)
 
     def propose(
         self,

@@ -3,8 +3,15 @@
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def _enlarged(x: Tensor, height: int, width: int) -> Tensor:
+    """Nearest-neighbour copy, which needs no arithmetic: autocast would have it in float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, size=(height, width), mode="nearest")
 
 
 class FPN(nn.Module):
@@ -50,7 +57,7 @@ class FPN(nn.Module):
         levels = [self.layer_blocks[-1](inner)]
         for i in range(len(maps) - 2, -1, -1):
             lateral = self.inner_blocks[i](maps[i])
-            inner = lateral.add_(F.interpolate(inner, size=lateral.shape[-2:], mode="nearest"))
+            inner = lateral.add_(_enlarged(inner, lateral.shape[-2], lateral.shape[-1]))
             levels.insert(0, self.layer_blocks[i](inner))
         if self.extra:
             levels.append(F.max_pool2d(levels[-1], 1, 2))

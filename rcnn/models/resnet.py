@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rcnn.models.convolution import conv_relu
+
 Norm = Literal["batch", "frozen"]
 
 
@@ -59,7 +61,9 @@ def _norm(norm: Norm, channels: int) -> nn.Module:
     raise ValueError(f"norm must be batch or frozen, got {norm!r}")
 
 
-def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
+def conv_norm(
+    x: Tensor, conv: nn.Module, norm: nn.Module, *, relu: bool = False, residual: Tensor | None = None
+) -> Tensor:
     """``norm(conv(x))``; with fixed statistics the norm becomes the weight and the bias of the convolution.
 
     The gradient reaches the convolution's own weight, and the norm's affine part if that trains.
@@ -68,18 +72,25 @@ def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
         x: ``(B, C, H, W)`` float.
         conv: Conv2d without a bias.
         norm: BatchNorm2d or :class:`FrozenBatchNorm2d` over the convolution's output.
+        relu: whether ReLU follows.
+        residual: of the result's shape, added before ReLU, without which there is none.
 
     Returns:
         ``(B, C', H', W')`` float.
     """
     assert isinstance(conv, nn.Conv2d)
     if not isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d) or (isinstance(norm, nn.BatchNorm2d) and norm.training):
-        return norm(conv(x))
+        out = norm(conv(x))
+        out = out if residual is None else out.add_(residual)
+        return F.relu_(out) if relu else out
     assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     shift = torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
     weight = conv.weight * scale[:, None, None, None]
-    return F.conv2d(x, weight, shift, conv.stride, conv.padding)
+    stride, padding = (conv.stride[0], conv.stride[1]), (int(conv.padding[0]), int(conv.padding[1]))
+    if relu:
+        return conv_relu(x, weight, shift, stride, padding, residual)
+    return F.conv2d(x, weight, shift, stride, padding)
 
 
 class BasicBlock(nn.Module):
@@ -96,9 +107,8 @@ class BasicBlock(nn.Module):
         self.downsample = _downsample(in_channels, width * self.expansion, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu_(conv_norm(x, self.conv1, self.bn1))
-        out = conv_norm(out, self.conv2, self.bn2)
-        return F.relu_(out.add_(_shortcut(x, self.downsample)))
+        out = conv_norm(x, self.conv1, self.bn1, relu=True)
+        return conv_norm(out, self.conv2, self.bn2, relu=True, residual=_shortcut(x, self.downsample))
 
 
 class Bottleneck(nn.Module):
@@ -118,10 +128,9 @@ class Bottleneck(nn.Module):
         self.downsample = _downsample(in_channels, out_channels, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu_(conv_norm(x, self.conv1, self.bn1))
-        out = F.relu_(conv_norm(out, self.conv2, self.bn2))
-        out = conv_norm(out, self.conv3, self.bn3)
-        return F.relu_(out.add_(_shortcut(x, self.downsample)))
+        out = conv_norm(x, self.conv1, self.bn1, relu=True)
+        out = conv_norm(out, self.conv2, self.bn2, relu=True)
+        return conv_norm(out, self.conv3, self.bn3, relu=True, residual=_shortcut(x, self.downsample))
 
 
 def _downsample(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Sequential | None:
@@ -183,7 +192,7 @@ class ResNet(nn.Module):
         Returns:
             C2..C5, each ``(B, channels[i], ceil(H / strides[i]), ceil(W / strides[i]))`` float.
         """
-        x = F.max_pool2d(F.relu_(conv_norm(x, self.conv1, self.bn1)), 3, 2, 1)
+        x = F.max_pool2d(conv_norm(x, self.conv1, self.bn1, relu=True), 3, 2, 1)
         maps = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = layer(x)

@@ -1,10 +1,12 @@
 """Region proposal network: a small convolutional head on every pyramid level, and the proposals made from it."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rcnn import kernels
 from rcnn.config import RPNConfig, given
+from rcnn.models.convolution import conv_relu
 from rcnn.models.losses import Normaliser, rpn_losses
 from rcnn.structures import Proposals, Targets
 
@@ -39,13 +41,19 @@ class RPNHead(nn.Module):
         Returns:
             ``(B, N)`` logits and ``(B, N, 4)`` deltas, ordered as :func:`rcnn.kernels.anchors`: level, y, x, anchor.
         """
-        batch = features[0].shape[0]
-        objectness, deltas = [], []
+        conv = self.conv[0][0]  # type: ignore[index]
+        weight = torch.cat((self.cls_logits.weight, self.bbox_pred.weight)).flatten(1)
+        bias = torch.cat((self.cls_logits.bias, self.bbox_pred.bias))  # type: ignore[arg-type]
+        # One product for both, with rows of zeros up to the multiple of 8 that tensor cores take.
+        missing = -len(bias) % 8
+        weight, bias = F.pad(weight, (0, 0, 0, missing)), F.pad(bias, (0, missing))
+        outputs = []
         for feature in features:
-            hidden = self.conv(feature)
-            objectness.append(self.cls_logits(hidden).permute(0, 2, 3, 1).reshape(batch, -1))
-            deltas.append(self.bbox_pred(hidden).permute(0, 2, 3, 1).reshape(batch, -1, 4))
-        return torch.cat(objectness, 1), torch.cat(deltas, 1)
+            hidden = conv_relu(feature, conv.weight, conv.bias, padding=(1, 1))
+            outputs.append(F.linear(hidden.permute(0, 2, 3, 1), weight, bias).flatten(1, 2))
+        cells, anchors = torch.cat(outputs, 1), self.cls_logits.out_channels
+        deltas = cells[..., anchors : 5 * anchors]
+        return cells[..., :anchors].flatten(1), deltas.reshape(len(cells), -1, 4)
 
 
 class RPN(nn.Module):

@@ -6,6 +6,8 @@ hidden layers; :mod:`rcnn.models.weights` takes them there.
 
 from torch import Tensor, nn
 
+from rcnn.models.convolution import conv_relu
+
 #: Output channels of the convolutions, all 3x3, of each block; a 2x2 max pool stands between two blocks.
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
@@ -51,7 +53,13 @@ class VGG16(nn.Module):
         Returns:
             One ``(B, 512, H // 16, W // 16)`` float map.
         """
-        return [self.features(x)]
+        for module in self.features:
+            if isinstance(module, nn.Conv2d):
+                assert module.bias is not None
+                x = conv_relu(x, module.weight, module.bias, padding=(1, 1))  # with the ReLU behind it
+            elif isinstance(module, nn.MaxPool2d):
+                x = module(x)
+        return [x]
 
     def freeze(self, stages: int) -> None:
         """Take the convolutions of the first ``stages`` blocks out of training; 2 freezes all before conv3_1.

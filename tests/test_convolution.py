@@ -1,0 +1,92 @@
+"""Convolution, bias, residual and ReLU in one pass: the same values and gradients as one after the other."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rcnn.models import convolution
+from rcnn.models.convolution import conv_relu
+
+CASES = [
+    ((2, 8, 9, 7), (16, 8, 3, 3), (1, 1), (1, 1), False),
+    ((2, 8, 9, 7), (16, 8, 1, 1), (2, 2), (0, 0), False),
+    ((1, 16, 6, 5), (16, 16, 3, 3), (1, 1), (1, 1), True),
+    ((1, 3, 16, 16), (8, 3, 7, 7), (2, 2), (3, 3), False),
+]
+
+
+def inputs(case: tuple, dtype: torch.dtype, device: str) -> tuple[list[Tensor], tuple, tuple]:
+    shape, weight_shape, stride, padding, added = case
+    random = torch.Generator().manual_seed(0)
+    shapes = [shape, weight_shape, (weight_shape[0],)]
+    if added:
+        shapes.append((shape[0], weight_shape[0], *shape[2:]))
+    tensors = [torch.randn(each, generator=random, dtype=torch.float64).to(device, dtype) for each in shapes]
+    tensors = [x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in tensors]
+    return [x.requires_grad_() for x in tensors], stride, padding
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: tuple, padding: tuple) -> Tensor:
+    out = F.conv2d(x, weight, bias, stride, padding)
+    return F.relu(out if residual is None else out + residual)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_of_the_parts(case: tuple) -> None:
+    tensors, stride, padding = inputs(case, torch.float64, "cpu")
+    x, weight, bias, *rest = tensors
+    residual = rest[0] if rest else None
+    found = conv_relu(x, weight, bias, stride, padding, None if residual is None else residual * 1)
+    expected = plain(x, weight, bias, residual, stride, padding)
+    assert torch.equal(found, expected)
+    grad = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for one, other in zip(
+        torch.autograd.grad(found, tensors, grad), torch.autograd.grad(expected, tensors, grad), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("frozen", [(), (0,), (1, 2), (0, 1, 2)])
+def test_the_backward_of_the_fused_form(case: tuple, frozen: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward needs cuDNN; the parts stand in for it."""
+    monkeypatch.setattr(convolution, "_forward", plain)
+    tensors, stride, padding = inputs(case, torch.float64, "cpu")
+    for number in frozen:
+        tensors[number].requires_grad_(False)
+    x, weight, bias, *rest = tensors
+    residual = rest[0] if rest else None
+    out = convolution._ConvReLU.apply(x, weight, bias, residual, stride, padding)
+    assert torch.equal(out, plain(x, weight, bias, residual, stride, padding))
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    assert out.requires_grad == bool(wanted)
+    if wanted:
+        grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        expected = torch.autograd.grad(plain(x, weight, bias, residual, stride, padding), wanted, grad)
+        for one, other in zip(torch.autograd.grad(out, wanted, grad), expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_cudnn_gives_the_values_of_the_parts(case: tuple, dtype: torch.dtype) -> None:
+    tensors, stride, padding = inputs(case, dtype, "cuda")
+    assert convolution._known(0, dtype)
+    x, weight, bias, *rest = tensors
+    residual = rest[0] if rest else None
+    found = conv_relu(x, weight, bias, stride, padding, residual)
+    assert found.dtype == dtype
+    assert (type(found.grad_fn).__name__ == "_ConvReLUBackward") == (x.shape[1] % 8 == 0)
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    expected = plain(*exact[:3], exact[3] if rest else None, stride, padding)
+    eps = torch.finfo(dtype).eps
+    assert (found - expected).norm() <= eps * expected.norm()  # float32 sums, rounded once
+    grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
+    # ReLU's corner: a value that one rounds to 0 and the other does not has a gradient in one only.
+    grad = torch.where(expected.abs() < 0.05, 0, grad)
+    for one, other in zip(
+        torch.autograd.grad(found, tensors, grad), torch.autograd.grad(expected, exact, grad.double()), strict=True
+    ):
+        assert (one - other).norm() <= 2 * eps * other.norm()
