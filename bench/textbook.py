@@ -61,13 +61,28 @@ def roi_align(x: Tensor, rois: Tensor, size: int, scale: float, ratio: int) -> T
 
 def roi_pool(x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
     """Largest value of each bin, of regions whose first corner is on the map."""
-    pad = 2  # a region may end at the border of the image, which is one past the last cell
+    pad = 3  # a region may end at the border of the image, one past the last cell, and its last bin one past that
     x = F.pad(x, (0, pad, 0, pad), value=float("-inf"))
-    cells = torch.floor(rois[:, 1:] * scale + 0.5).long().tolist()
+    rois = rois.cpu()  # a GPU divides by multiplying with the reciprocal
+    cells = torch.floor(rois[:, 1:] * scale + 0.5).long()
+    extent = (cells[:, 2:] - cells[:, :2]).clamp(min=0)[..., None] + 1
+    # The op and torchvision divide in float32, where a border may be rounded to the next cell.
+    number = torch.arange(size + 1)
+    step = extent / size
+    start, end = torch.floor(number[:-1] * step).long(), torch.ceil(number[1:] * step).long()
+    plain = (start == number[:-1] * extent // size) & (end == -(-number[1:] * extent // size))
+    borders, bounds = torch.stack((start, end), dim=-1).tolist(), cells.tolist()
     pooled = []
-    for image, (left, top, right, bottom) in zip(rois[:, 0].long().tolist(), cells, strict=True):
-        crop = x[image, :, top : max(bottom, top) + 1, left : max(right, left) + 1]
-        pooled.append(F.adaptive_max_pool2d(crop, size))
+    for r, (image, adaptive) in enumerate(zip(rois[:, 0].long().tolist(), plain.all(-1).all(-1).tolist(), strict=True)):
+        left, top, right, bottom = bounds[r]
+        crop = x[image, :, top:, left:]
+        if adaptive:
+            crop = crop[:, : max(bottom - top, 0) + 1, : max(right - left, 0) + 1]
+            pooled.append(F.adaptive_max_pool2d(crop, size))
+            continue
+        across, down = borders[r]
+        bins = [crop[:, a:b, c:d] for a, b in down for c, d in across]
+        pooled.append(torch.stack([F.max_pool2d(each, each.shape[1:]) for each in bins], 1).view(-1, size, size))
     output = torch.stack(pooled)
     return torch.where(output == float("-inf"), 0, output)
 

@@ -76,6 +76,16 @@ def test_bins_share_a_border_cell(device: torch.device) -> None:
     assert ramp.grad is not None and ramp.grad.flatten().tolist() == [0.0, 1.0, 1.0]
 
 
+def test_borders_are_rounded_to_float32(device: torch.device) -> None:
+    # In float32 7 * (57 / 7) is 57.000004: the last bin takes the cell that follows the region. 7 * (56 / 7) is 56.
+    ramp = torch.arange(60.0, device=device).expand(1, 1, 1, 60).clone().requires_grad_()
+    for last, value in ((55.0, 55.0), (56.0, 57.0)):
+        output = roi_pool(ramp, torch.tensor([[0.0, 0, 0, last, 0]], device=device), (1, 7))
+        assert output[..., -1].item() == value
+        (grad,) = torch.autograd.grad(output[..., -1].sum(), ramp)
+        assert grad.nonzero()[:, 3].tolist() == [value]
+
+
 def test_the_first_of_equal_cells_takes_the_gradient(device: torch.device) -> None:
     maps = torch.ones(1, 1, 4, 4, device=device, requires_grad=True)
     roi_pool(maps, torch.tensor([[0.0, 1, 1, 3, 3]], device=device), 1).sum().backward()
@@ -122,6 +132,9 @@ def test_double_precision() -> None:
     output = roi_pool(maps.double(), rois, 3)
     assert output.dtype == torch.float64
     assert torch.equal(output, roi_pool(maps, rois, 3).double())
+    # 7 * (57 / 7) is 57 in float64, and the last bin ends with the region.
+    ramp = torch.arange(60.0, dtype=torch.float64).expand(1, 1, 1, 60)
+    assert roi_pool(ramp, torch.tensor([[0.0, 0, 0, 56, 0]]), (1, 7))[..., -1].item() == 56
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

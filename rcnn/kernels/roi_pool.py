@@ -53,12 +53,13 @@ def roi_pool(
     """Largest value of a map in each bin of each region.
 
     The corners of a region are scaled and rounded (halves away from zero) to whole cells, both of which belong to
-    it, so it is at least one cell wide and high. Bin i of n holds the cells from ``floor(i * extent / n)`` to
-    ``ceil((i + 1) * extent / n) - 1`` of the region that lie on the map. A bin without a cell gives 0 and passes no
-    gradient on. At equal values the first cell in row-major order takes the gradient. NaN values are passed over; a
-    bin of nothing else gives the lowest finite number and passes no gradient on. So does a region with a NaN or
-    infinite coordinate give zeros, and on a GPU, where a check would have to wait, one that names no image; on the CPU
-    that is an error.
+    it, so it is at least one cell wide and high. Bin i of n holds the cells from ``floor(i * step)`` to
+    ``ceil((i + 1) * step) - 1`` of the region that lie on the map, where ``step = extent / n`` and the products are
+    rounded to float32 (float64 for a float64 map), as torchvision's are: the last of 7 bins of 57 cells takes a cell
+    past the region. A bin without a cell gives 0 and passes no gradient on. At equal values the first cell in
+    row-major order takes the gradient. NaN values are passed over; a bin of nothing else gives the lowest finite
+    number and passes no gradient on. So does a region with a NaN or infinite coordinate give zeros, and on a GPU,
+    where a check would have to wait, one that names no image; on the CPU that is an error.
 
     Args:
         input: ``(B, C, H, W)`` float, map; channels-last is the fast layout and the output's layout follows it.
