@@ -23,7 +23,7 @@ from rich.table import Table
 from bench import compiling, model, step
 from bench.cases import PEERS, OpSet, run
 from bench.options import check_out, takes_parts
-from bench.report import data_line, step_cells, step_columns
+from bench.report import data_line, digits, step_cells, step_columns
 from bench.timing import bandwidth, machine
 from rcnn.data import open_dataset
 from rcnn.files import write_json
@@ -148,9 +148,9 @@ def op_table(op: str, rows: list[dict[str, Any]], device: torch.device) -> Table
     )
     before = None
     for row in rows:
-        p20, median, p80, processor = (f"{row[key] * unit:.4g}" for key in ("p20", "median", "p80", "processor"))
+        p20, median, p80, processor = (digits(row[key] * unit) for key in ("p20", "median", "p80", "processor"))
         speed = "" if row["speedup"] is None else f"{row['speedup']:.2f}"
-        share, memory = f"{row['bandwidth_share']:.1%}", f"{row['peak_memory'] / 1e6:.4g}"
+        share, memory = f"{row['bandwidth_share']:.1%}", digits(row["peak_memory"] / 1e6)
         name = row["case"] + ("" if row["dtype"] == "float32" else f", {row['dtype']}")
         shown = "" if name == before else name
         table.add_row(shown, row["with"], median, f"{p20}..{p80}", processor, share, memory, speed)

@@ -57,16 +57,24 @@ def markdown(result: dict[str, Any], groups: dict[str, list[Row]], plots: dict[s
     on_gpu = machine["device"] == "cuda"
     factor, unit = (1e6, "us") if on_gpu else (1e3, "ms")
     facts = ", ".join(f"{key} {value}" for key, value in machine.items() if key != "bandwidth" and value is not None)
+    host = (
+        "*Host* is the time until a call returns: what its checks and launches cost the processor, and its waits."
+        if on_gpu
+        else "*CPU* is the time of all threads together."
+    )
     lines = [
-        f"# Benchmarks: {machine.get('gpu') or machine['cpu']}",
+        f"# {'Benchmarks' if groups else 'Training steps'}: {machine.get('gpu') or machine['cpu']}",
         "",
         f"Measured on: {facts}. A copy moves {machine['bandwidth'] / 1e9:.1f} GB/s, read and written.",
-        "",
-        "Medians; every rival of a case in turn, in one run, after its result had been proved right. *Of copy* is the"
-        " part of that bandwidth that the bytes of the op, each read and written once, make of the time. *Extra* is the"
-        " most memory held at a time beyond the inputs. *Speed-up* is against torchvision, or plain torch where"
-        " torchvision was not compared.",
     ]
+    if groups:
+        lines += [
+            "",
+            "Medians; every rival of a case in turn, in one run, after its result had been proved right."
+            f" {host} *Of copy* is the part of that bandwidth that the bytes of the op, each read and written once,"
+            " make of the time. *Extra* is the most memory held at a time beyond the inputs. *Speed-up* is against"
+            " torchvision, or plain torch where torchvision was not compared.",
+        ]
     for op, rows in groups.items():
         lines += ["", f"## {op}", ""]
         if op in plots:
@@ -75,7 +83,7 @@ def markdown(result: dict[str, Any], groups: dict[str, list[Row]], plots: dict[s
         lines.append(f"| case | with | {unit} | p20 to p80 | {host} | of copy | extra, MB | speed-up |")
         lines.append("| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |")
         for row in rows:
-            p20, median, p80, processor = (f"{row[key] * factor:.4g}" for key in ("p20", "median", "p80", "processor"))
+            p20, median, p80, processor = (digits(row[key] * factor) for key in ("p20", "median", "p80", "processor"))
             cells = (
                 case_of(row),
                 row["with"],
@@ -83,7 +91,7 @@ def markdown(result: dict[str, Any], groups: dict[str, list[Row]], plots: dict[s
                 f"{p20} to {p80}",
                 processor,
                 f"{row['bandwidth_share']:.1%}",
-                f"{row['peak_memory'] / 1e6:.4g}",
+                digits(row["peak_memory"] / 1e6),
                 "" if row["speedup"] is None else f"{row['speedup']:.2f}",
             )
             lines.append(f"| {' | '.join(cells)} |")
@@ -101,7 +109,8 @@ def markdown(result: dict[str, Any], groups: dict[str, list[Row]], plots: dict[s
 def step_lines(found: dict[str, Any], on_gpu: bool) -> list[str]:
     """The section of ``python -m bench --step``."""
     rest = (
-        "gaps between kernels included; *idle* is the part of the step in which the GPU does nothing"
+        "gaps between kernels included, and a step replayed as a CUDA graph has none; *idle* is the part of a step in"
+        " which the GPU does nothing"
         if on_gpu
         else ("*rest* is what belongs to none")
     )
@@ -145,15 +154,20 @@ def step_cells(row: Row, columns: list[str]) -> list[str]:
         "batch": str(row["batch"]),
         "precision": row["precision"],
         "with": row["with"],
-        "img/s": f"{row['images_per_second']:.4g}",
+        "img/s": digits(row["images_per_second"]),
         "total": milliseconds(row["median"]),
         "p20 to p80": f"{milliseconds(row['p20'])} to {milliseconds(row['p80'])}",
         **{stage: milliseconds(seconds) for stage, seconds in row.get("stages", {}).items()},
         "idle": "" if idle is None else f"{idle:.0%}",
-        "peak, MB": "" if memory is None else f"{memory / 1e6:.4g}",
+        "peak, MB": "" if memory is None else digits(memory / 1e6),
         "speed-up": "" if speed is None else f"{speed:.2f}",
     }
     return [cells.get(column, "") for column in columns]
+
+
+def digits(value: float) -> str:
+    """Four digits, or all that stand before the point."""
+    return f"{value:.0f}" if value >= 1e4 else f"{value:.4g}"
 
 
 def milliseconds(seconds: float) -> str:
@@ -193,16 +207,21 @@ def draw(op: str, pairs: list[tuple[str, float]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     names, values = zip(*reversed(pairs), strict=True)
-    figure, axes = pyplot.subplots(figsize=(9, 0.8 + 0.32 * len(values)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 0.8 + 0.3 * len(values)), layout="constrained")
     bars = axes.barh(range(len(values)), [value - 1 for value in values], left=1, color="#3b6ea5")
     axes.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=3, fontsize=8)
     axes.set_yticks(range(len(values)), names, fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xlim(min(0.5, *(0.8 * value for value in values)), 1.6 * max(2.0, *values))
+    least, most = min(0.6, *(0.8 * value for value in values)), max(2.0, *values)
+    axes.set_xlim(least, most * (most / least) ** 0.15)  # a number has its place beyond the longest bar
+    axes.set_ylim(-0.6, len(values) - 0.4)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if most < 50 * least else (1,)))
+    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel(f"{op}: times as fast as the peer")
     axes.spines[["top", "right"]].set_visible(False)
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))

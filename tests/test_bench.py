@@ -53,6 +53,34 @@ def test_the_page_has_a_row_for_each_and_a_plot_for_each_op(tmp_path: Path, caps
     assert "written" in capsys.readouterr().out
 
 
+def test_the_page_of_a_gpu_has_microseconds_and_what_the_host_spends(tmp_path: Path) -> None:
+    rows = [row(median=0.04608, p20=0.0123456, p80=0.05, processor=1e-4, peak_memory=5_415_000_000)]
+    machine = {"cpu": "X", "gpu": "Y", "bandwidth": 2e12, "device": "cuda"}
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps({"machine": machine, "rows": rows}))
+    report.main([str(file)])
+    page = (tmp_path / "gpu.md").read_text()
+    assert page.startswith("# Benchmarks: Y\n") and "*Host* is the time until a call returns" in page
+    assert "| case | with | us | p20 to p80 | host, us | of copy | extra, MB | speed-up |" in page
+    assert "| 2,000 boxes | rcnn | 46080 | 12346 to 50000 | 100 | 25.0% | 5415 | 2.50 |" in page
+    # A training step with stages, and one that is replayed whole.
+    taken = {"model": "tiny", "task": "training step", "batch": 2, "precision": "bf16", "size": [800, 1333]}
+    taken |= {"median": 0.004, "p20": 0.003, "p80": 0.005, "images_per_second": 500.0, "speedup": 3.0, "idle": 0.25}
+    stepped = [
+        {**taken, "with": "rcnn", "stages": {"trunk": 0.002, "rest": 0.001}, "peak_memory": 1.5e9},
+        {**taken, "with": "rcnn, CUDA graph"},
+    ]
+    found = {"rows": stepped, "loader": [], "gate": {}}
+    file.write_text(json.dumps({"machine": machine, "rows": [], "step": found}))
+    report.main([str(file)])
+    page = (tmp_path / "gpu.md").read_text()
+    assert page.startswith("# Training steps: Y\n") and "Of copy" not in page
+    assert "for the sake of a CPU" not in page and "*idle* is the part of a step" in page
+    assert "| total | p20 to p80 | trunk | rest | idle | peak, MB | speed-up |" in page
+    assert "| 2 | bf16 | rcnn | 500 | 4 | 3 to 5 | 2 | 1 | 25% | 1500 | 3.00 |" in page
+    assert "| 2 | bf16 | rcnn, CUDA graph | 500 | 4 | 3 to 5 |  |  | 25% |  | 3.00 |" in page
+
+
 @pytest.mark.parametrize(
     "content",
     [
