@@ -6,7 +6,7 @@ from conftest import EMULATED
 from cuda_on_cpu import Emulator
 from torch import Tensor
 
-from rcnn.kernels.sorting import RUN, THREADS, sort_rows
+from rcnn.kernels.sorting import EACH, RUN, THREADS, sort_rows
 
 DEVICES = [EMULATED] + (["cuda"] if torch.cuda.is_available() else [])
 
@@ -24,14 +24,32 @@ def check(given: Tensor, counts: list[int], device: torch.device) -> None:
         assert torch.equal(result[row, :count], wanted)
 
 
+#: On either side of the keys that a warp holds, two, four or EACH for a lane, and of those of 2, 4 and 8 warps.
+SIDES = [size + i for size in (32, 64, 128, 32 * EACH, 64 * EACH, 128 * EACH, RUN) for i in (-1, 0, 1)]
+
+
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
-@pytest.mark.parametrize(
-    "capacity", [1, 2, 31, 32, 33, 63, 64, 65, 1000, 2 * THREADS + 1, RUN - 1, RUN, RUN + 1, 2 * RUN + 1, 5 * RUN]
-)
+@pytest.mark.parametrize("capacity", [1, 2, 3, *SIDES, 2 * THREADS + 1, 1000, 2 * RUN + 1, 5 * RUN])
 def test_equals_torch(device: torch.device, capacity: int) -> None:
     counts = [capacity, 0, 1, capacity // 2, capacity - 1]
     check(keys(5, capacity), counts, device)
     check(keys(5, capacity, kinds=2), counts, device)
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("capacity", [64, 128, 32 * EACH, RUN])
+def test_steps_between_two_values(device: torch.device, capacity: int) -> None:
+    """Comparisons in a fixed order sort everything if they sort 0s and 1s; here with 65 numbers of 1s."""
+    ones = torch.arange(0, capacity + 1, max(1, capacity // 64))
+    order = keys(len(ones), capacity).argsort(dim=1)
+    check((order < ones[:, None]).long(), [capacity] * len(ones), device)
+    check((torch.arange(capacity) >= ones[:, None]).long(), [capacity] * len(ones), device)
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_equal_keys(device: torch.device) -> None:
+    counts = [2, 33, 65, 200, 300, RUN]
+    check(torch.full((len(counts), RUN), -7), counts, device)
 
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from rcnn.kernels import _launch
 
-#: Keys that a block sorts in shared memory (16 KB).
-RUN = 2048
-THREADS = 512
-SOURCE = _launch.CudaSource("sorting", RUN=RUN, THREADS=THREADS)
+#: Threads of a block, keys that each holds at most, and so the keys that a block sorts.
+THREADS, EACH = 256, 8
+RUN = THREADS * EACH
+SOURCE = _launch.CudaSource("sorting", THREADS=THREADS, EACH=EACH)
 
 
 def sort_rows(keys: Tensor, count: Tensor) -> Tensor:
