@@ -260,7 +260,8 @@ def test_boxes_are_filtered_by_their_shorter_side() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_rpn_has_the_documented_parts(device: str) -> None:
+def test_rpn_has_the_documented_parts(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
     rpn = RPN().to(device)
     assert rpn.anchor_scales == [4, 8, 16, 32]

@@ -68,17 +68,36 @@ def test_the_backward_of_the_fused_form(case: tuple, frozen: tuple[int, ...], mo
             torch.testing.assert_close(one, other)
 
 
+def test_what_cudnn_refuses_is_computed_in_parts_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def refuse(*_: object) -> Tensor:
+        calls.append(1)
+        raise RuntimeError("no engine")
+
+    class OnGpu(Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(convolution, "_forward", refuse)
+    monkeypatch.setattr(convolution, "_refused", refused := set())
+    (x, weight, bias), stride, padding = inputs(CASES[0], torch.bfloat16, "cpu")
+    for _ in range(2):
+        found = conv_relu(x.as_subclass(OnGpu), weight, bias, stride, padding)
+        assert torch.equal(found.as_subclass(Tensor), plain(x, weight, bias, None, stride, padding))
+    assert len(calls) == len(refused) == 1
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", CASES)
-def test_cudnn_gives_the_values_of_the_parts(case: tuple, dtype: torch.dtype) -> None:
+def test_cudnn_gives_the_values_of_the_parts(case: tuple, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, stride, padding = inputs(case, dtype, "cuda")
-    assert convolution._known(0, dtype)
+    monkeypatch.setattr(convolution, "_refused", refused := set())
     x, weight, bias, *rest = tensors
     residual = rest[0] if rest else None
     found = conv_relu(x, weight, bias, stride, padding, residual)
     assert found.dtype == dtype
-    assert (type(found.grad_fn).__name__ == "_ConvReLUBackward") == (x.shape[1] % 8 == 0)
+    assert type(found.grad_fn).__name__ == "_ConvReLUBackward" and not refused
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
     expected = plain(*exact[:3], exact[3] if rest else None, stride, padding)
     eps = torch.finfo(dtype).eps

@@ -1,12 +1,14 @@
 """Trunks and pyramids: shapes, names, freezing, and the norm folded into the convolution."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from rcnn.models.backbone import build_backbone
 from rcnn.models.fpn import FPN
-from rcnn.models.resnet import FrozenBatchNorm2d, ResNet, conv_norm, resnet18, resnet50
+from rcnn.models.resnet import BasicBlock, Bottleneck, FrozenBatchNorm2d, ResNet, conv_norm_relu, resnet18, resnet50
 from rcnn.models.vgg import vgg16
 
 EPS32, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
@@ -89,7 +91,7 @@ def test_folded_norm_equals_the_norm_after_the_convolution(frozen: bool) -> None
     norm = _warm((FrozenBatchNorm2d(7) if frozen else nn.BatchNorm2d(7)).double()).eval()
     x = torch.randn(2, 5, 9, 11, dtype=torch.float64, requires_grad=True)
     parameters = [x, conv.weight] + ([] if frozen else [norm.weight, norm.bias])
-    folded, plain = conv_norm(x, conv, norm), norm(conv(x))
+    folded, plain = conv_norm_relu(x, conv, norm), nn.functional.relu(norm(conv(x)))
     # sums of 5 * 9 products, of size up to the sum of their magnitudes; each side rounds each term a few times
     size = nn.functional.conv2d(x.abs(), conv.weight.abs(), stride=2, padding=1).max() * 4 + 10
     atol = 45 * 4 * EPS64 * size.item()
@@ -102,12 +104,31 @@ def test_folded_norm_equals_the_norm_after_the_convolution(frozen: bool) -> None
         torch.testing.assert_close(a, b, rtol=0, atol=63 * 8 * EPS64 * size.item() * upstream.abs().max().item())
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("block", [BasicBlock(8, 4, 2, "batch"), Bottleneck(8, 4, 2, "batch")])
+def test_a_block_with_a_shortcut_of_its_own(block: BasicBlock | Bottleneck, training: bool) -> None:
+    """One bias stands for both folded norms where the two paths meet."""
+    block = copy.deepcopy(block).double()
+    _warm(block).train(training)
+    x = torch.randn(2, 8, 9, 11, dtype=torch.float64)
+    out, relu = x, nn.functional.relu
+    for number in range(1, 4 if isinstance(block, Bottleneck) else 3):
+        conv, norm = getattr(block, f"conv{number}"), getattr(block, f"bn{number}")
+        out = norm(conv(out if number == 1 else relu(out)))
+    expected = relu(out + block.downsample(x))
+    torch.testing.assert_close(block(x), expected)
+
+
 def test_batch_norm_in_training_uses_the_batch() -> None:
     conv, norm = nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)
     x = torch.randn(2, 3, 6, 6)
-    out = conv_norm(x, conv, norm)
+    out = conv_norm_relu(x, conv, norm)
     assert norm.num_batches_tracked == 1
-    assert out.mean((0, 2, 3)).abs().max() < 72 * EPS32  # 72 values of size about 1
+    y = conv(x)
+    centred = y - y.mean((0, 2, 3), keepdim=True)
+    expected = centred / (centred.square().mean((0, 2, 3), keepdim=True) + norm.eps).sqrt()
+    # means of 72 values of size about 1
+    torch.testing.assert_close(out, expected.clamp(min=0), rtol=0, atol=2 * 72 * EPS32 * expected.abs().max().item())
     assert not torch.equal(norm.running_mean, torch.zeros(4))
 
 

@@ -1,6 +1,5 @@
 """Convolutions with what follows them in one pass over the activations."""
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -8,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: Storage types for which cuDNN has such kernels (for float32 it has them in TF32 only), and what channels must be
-#: multiples of.
-_FUSED, _CHANNELS = (torch.bfloat16, torch.float16), 8
+#: Storage types for which cuDNN has such kernels; for float32 it has them in TF32 only.
+_FUSED = (torch.bfloat16, torch.float16)
+#: Convolutions that it refused, by GPU, type and geometry.
+_refused: set[tuple[Any, ...]] = set()
 
 
 def conv_relu(
@@ -37,27 +37,19 @@ def conv_relu(
         ``(B, C', H', W')``, of autocast's type where that is on.
     """
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    fits = x.is_cuda and dtype in _FUSED and not any(channels % _CHANNELS for channels in weight.shape[:2])
-    fits = fits and x.is_contiguous(memory_format=torch.channels_last)
-    if fits and not torch.compiler.is_compiling() and _known(x.get_device(), dtype):
-        residual = None if residual is None else residual.to(dtype)
-        result: Tensor = _ConvReLU.apply(x.to(dtype), weight.to(dtype), bias.to(dtype), residual, stride, padding)
-        return result
+    key = x.get_device(), dtype, weight.shape, stride, padding, residual is None
+    fits = x.is_cuda and dtype in _FUSED and x.is_contiguous(memory_format=torch.channels_last)
+    if fits and key not in _refused and not torch.compiler.is_compiling():
+        added = None if residual is None else residual.to(dtype)
+        try:
+            result: Tensor = _ConvReLU.apply(x.to(dtype), weight.to(dtype), bias.to(dtype), added, stride, padding)
+            return result
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            _refused.add(key)
     out = F.conv2d(x, weight, bias, stride, padding)
     return F.relu_(out if residual is None else out.add_(residual))
-
-
-@cache
-def _known(index: int, dtype: torch.dtype) -> bool:
-    """Whether this cuDNN has the kernels for this GPU."""
-    x = torch.zeros(1, 16, 8, 8, device=f"cuda:{index}", dtype=dtype).to(memory_format=torch.channels_last)
-    try:
-        with torch.no_grad():
-            for residual in (None, x):
-                _forward(x, x.new_zeros(16, 16, 1, 1), x.new_zeros(16), residual, (1, 1), (0, 0))
-    except RuntimeError:
-        return False
-    return True
 
 
 def _forward(

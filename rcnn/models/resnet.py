@@ -61,10 +61,10 @@ def _norm(norm: Norm, channels: int) -> nn.Module:
     raise ValueError(f"norm must be batch or frozen, got {norm!r}")
 
 
-def conv_norm(
-    x: Tensor, conv: nn.Module, norm: nn.Module, *, relu: bool = False, residual: Tensor | None = None
+def conv_norm_relu(
+    x: Tensor, conv: nn.Module, norm: nn.Module, *, shortcut: tuple[Tensor, Tensor | None] | None = None
 ) -> Tensor:
-    """``norm(conv(x))``; with fixed statistics the norm becomes the weight and the bias of the convolution.
+    """``relu(norm(conv(x)) + shortcut)``; a norm with fixed statistics becomes weight and bias of the convolution.
 
     The gradient reaches the convolution's own weight, and the norm's affine part if that trains.
 
@@ -72,25 +72,37 @@ def conv_norm(
         x: ``(B, C, H, W)`` float.
         conv: Conv2d without a bias.
         norm: BatchNorm2d or :class:`FrozenBatchNorm2d` over the convolution's output.
-        relu: whether ReLU follows.
-        residual: of the result's shape, added before ReLU, without which there is none.
+        shortcut: of :func:`_shortcut`; None adds nothing.
 
     Returns:
         ``(B, C', H', W')`` float.
     """
+    added, shift = (None, None) if shortcut is None else shortcut
+    folded = _folded(conv, norm)
+    if folded is not None:
+        weight, bias = folded
+        return conv_relu(x, weight, bias if shift is None else bias + shift, *_geometry(conv), added)
+    out = norm(conv(x))
+    if added is not None:
+        out = out.add_(added if shift is None else added + shift[:, None, None])
+    return F.relu_(out)
+
+
+def _folded(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of a convolution with the norm behind it, if the norm's statistics are fixed."""
     assert isinstance(conv, nn.Conv2d)
     if not isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d) or (isinstance(norm, nn.BatchNorm2d) and norm.training):
-        out = norm(conv(x))
-        out = out if residual is None else out.add_(residual)
-        return F.relu_(out) if relu else out
+        return None
     assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     shift = torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
-    weight = conv.weight * scale[:, None, None, None]
-    stride, padding = (conv.stride[0], conv.stride[1]), (int(conv.padding[0]), int(conv.padding[1]))
-    if relu:
-        return conv_relu(x, weight, shift, stride, padding, residual)
-    return F.conv2d(x, weight, shift, stride, padding)
+    return conv.weight * scale[:, None, None, None], shift
+
+
+def _geometry(conv: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Stride and padding."""
+    assert isinstance(conv, nn.Conv2d) and not isinstance(conv.padding, str)
+    return (conv.stride[0], conv.stride[1]), (conv.padding[0], conv.padding[1])
 
 
 class BasicBlock(nn.Module):
@@ -107,8 +119,8 @@ class BasicBlock(nn.Module):
         self.downsample = _downsample(in_channels, width * self.expansion, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = conv_norm(x, self.conv1, self.bn1, relu=True)
-        return conv_norm(out, self.conv2, self.bn2, relu=True, residual=_shortcut(x, self.downsample))
+        out = conv_norm_relu(x, self.conv1, self.bn1)
+        return conv_norm_relu(out, self.conv2, self.bn2, shortcut=_shortcut(x, self.downsample))
 
 
 class Bottleneck(nn.Module):
@@ -128,9 +140,9 @@ class Bottleneck(nn.Module):
         self.downsample = _downsample(in_channels, out_channels, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = conv_norm(x, self.conv1, self.bn1, relu=True)
-        out = conv_norm(out, self.conv2, self.bn2, relu=True)
-        return conv_norm(out, self.conv3, self.bn3, relu=True, residual=_shortcut(x, self.downsample))
+        out = conv_norm_relu(x, self.conv1, self.bn1)
+        out = conv_norm_relu(out, self.conv2, self.bn2)
+        return conv_norm_relu(out, self.conv3, self.bn3, shortcut=_shortcut(x, self.downsample))
 
 
 def _downsample(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Sequential | None:
@@ -139,8 +151,16 @@ def _downsample(in_channels: int, out_channels: int, stride: int, norm: Norm) ->
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), _norm(norm, out_channels))
 
 
-def _shortcut(x: Tensor, downsample: nn.Sequential | None) -> Tensor:
-    return x if downsample is None else conv_norm(x, downsample[0], downsample[1])
+def _shortcut(x: Tensor, downsample: nn.Sequential | None) -> tuple[Tensor, Tensor | None]:
+    """What is added to the last convolution of a block, and the bias of it where a norm was folded: one for both."""
+    if downsample is None:
+        return x, None
+    conv, norm = downsample
+    folded = _folded(conv, norm)
+    if folded is None:
+        return norm(conv(x)), None
+    weight, bias = folded
+    return F.conv2d(x, weight, None, *_geometry(conv)), bias
 
 
 class ResNet(nn.Module):
@@ -192,7 +212,7 @@ class ResNet(nn.Module):
         Returns:
             C2..C5, each ``(B, channels[i], ceil(H / strides[i]), ceil(W / strides[i]))`` float.
         """
-        x = F.max_pool2d(conv_norm(x, self.conv1, self.bn1, relu=True), 3, 2, 1)
+        x = F.max_pool2d(conv_norm_relu(x, self.conv1, self.bn1), 3, 2, 1)
         maps = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = layer(x)
