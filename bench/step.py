@@ -40,7 +40,7 @@ BATCHES = (1, 2, 8)
 #: Height and width of the images: on a GPU what the models are meant for, on a CPU what a run can wait for.
 SIZES = {"cuda": (800, 1333), "cpu": (192, 256)}
 #: What layers compute in.
-PRECISIONS: dict[str, tuple[Precision, ...]] = {"cuda": ("fp32", "bf16"), "cpu": ("fp32",)}
+PRECISIONS: dict[str, tuple[Precision, ...]] = {"cuda": ("tf32", "bf16"), "cpu": ("fp32",)}
 #: As many classes as VOC has, and objects of one image.
 CLASSES, OBJECTS = tuple(f"class {k}" for k in range(1, 21)), 8
 #: Of the gate: images and their size, multiples of the coarsest stride, which torchvision takes from the image where it
@@ -263,7 +263,7 @@ def predicting(model: rcnn.FasterRCNN, files: list[Path], compared: bool, repeat
     timings = measure(rivals, repeats, 1, SECONDS[device.type], device)
     return [
         {
-            "model": model.config.name, "task": "predict", "batch": READ_BATCH, "precision": "fp32", "with": name,
+            "model": model.config.name, "task": "predict", "batch": READ_BATCH, "precision": "tf32" if device.type == "cuda" else "fp32", "with": name,
             "size": [height, width],
             **asdict(timing),
             "images_per_second": len(files) / timing.median,
@@ -282,7 +282,8 @@ def _torchvision_predicts(net: nn.Module, files: Sequence[Path], device: torch.d
             with Image.open(file) as image:
                 pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
             images.append(pixels.to(device).float() / 255)
-        results += [{key: value.cpu() for key, value in one.items()} for one in net(images)]
+        with computing("tf32", device):
+            results += [{key: value.cpu() for key, value in one.items()} for one in net(images)]
     return results
 
 

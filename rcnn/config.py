@@ -219,7 +219,7 @@ class TrainConfig:
     max_bad_steps: int = 0
     deterministic: bool = False
     sync_bn: bool = False
-    precision: Precision = "fp32"
+    precision: Precision = "tf32"
     channels_last: bool = True
     compile: bool = False
     cuda_graph: bool = False

@@ -212,7 +212,7 @@ def largest_batch(fits: Callable[[int], bool], most: int) -> int:
     return good
 
 
-def find_batch_size(model: FasterRCNN, config: OptimConfig, most: int, precision: Precision = "fp32") -> int:
+def find_batch_size(model: FasterRCNN, config: OptimConfig, most: int, precision: Precision = "tf32") -> int:
     """The most images per batch that fit on the model's GPU, found by training a copy on the largest images.
 
     Args:
@@ -289,7 +289,7 @@ def evaluate(
     loader: Loader,
     dataset: DetectionDataset,
     between: Callable[[], None] = lambda: None,
-    precision: Precision = "fp32",
+    precision: Precision = "tf32",
 ) -> Evaluation | None:
     """Losses, detections and AP of a data set; every rank takes its share.
 

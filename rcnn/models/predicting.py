@@ -14,6 +14,7 @@ from torch import Tensor
 from rcnn import images as pictures
 from rcnn.config import given
 from rcnn.images import ImageError
+from rcnn.precision import computing
 from rcnn.structures import Detections
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _queue(model: "FasterRCNN", read: _Read, half: bool) -> _Queued:
     training, device = model.training, model.mean.device
     model.eval()
     try:
-        with torch.autocast(device.type, HALF[device.type], enabled=half):
+        with computing("tf32", device), torch.autocast(device.type, HALF[device.type], enabled=half):
             found = model.detect(
                 read.images.to(device, non_blocking=True), read.image_sizes.to(device, non_blocking=True)
             )
