@@ -271,7 +271,7 @@ def test_rpn_has_the_documented_parts(device: str, monkeypatch: pytest.MonkeyPat
     features, deltas, scores = rpn._computer_forward(pictures)
     assert features.shape == (2, 512, 6, 8)
     assert deltas.shape == (2, 48, 6, 8) and scores.shape == (2, 24, 6, 8)
-    hidden = rpn.conv1(rpn.features(pictures.to(device)))
+    hidden = rpn.conv1(rpn.features(pictures.to(device, memory_format=torch.channels_last)))
     eps = rpn.network.head.conv[0][0].in_channels * torch.finfo(torch.float32).eps  # a sum of so many products
     for one, other in ((rpn.score_conv(hidden), scores), (rpn.bbox_conv(hidden), deltas)):
         assert (one - other).norm() <= eps * other.norm()

@@ -21,7 +21,9 @@ from rcnn.checkpoint import read_state
 from rcnn.config import TrainConfig
 from rcnn.data import flowers
 
-SMALL = ["--model.min_size", "96", "--model.max_size", "128", "--loader.workers", "0", "--loader.batch_size", "4"]
+#: On a CPU, wherever the tests run: runs are compared bit by bit, and several processes need no GPU each.
+CPU = ["--device", "cpu"]
+SMALL = [*CPU, "--model.min_size", "96", "--model.max_size", "128", "--loader.workers", "0", "--loader.batch_size", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +169,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(run, data
 
 
 def test_evaluate_writes_both_kinds_of_ap(run, data, capsys):
-    cli.main(["evaluate", "--checkpoint", str(run), "--data", str(data), "--split", "val", "--workers", "0"])
+    cli.main(["evaluate", *CPU, "--checkpoint", str(run), "--data", str(data), "--split", "val", "--workers", "0"])
     shown = capsys.readouterr().out
     assert "daisy" in shown and "VOC area" in shown
     content = json.loads((run / "evaluation_val.json").read_text())
@@ -187,7 +189,7 @@ def test_predict_takes_files_folders_and_globs(run, data, tmp_path, capsys):
     (folder / "notes.txt").write_text("no picture")
     out = tmp_path / "out"
     inputs = [str(pictures[0]), str(folder), str(folder / "*.jpg")]
-    options = ["--out", str(out), "--score_threshold", "0.06", "--batch_size", "1"]
+    options = [*CPU, "--out", str(out), "--score_threshold", "0.06", "--batch_size", "1"]
     cli.main(["predict", "--checkpoint", str(run), *inputs, *options])
     assert "1 skipped" in capsys.readouterr().out
     content = json.loads((out / "detections.json").read_text())
@@ -219,7 +221,7 @@ def test_two_processes_train_and_evaluate_together(data, tmp_path):
     assert job.stdout.count("run folder:") == 1
     rows = list(csv.DictReader((out / "results.csv").open()))
     assert len(rows) == 1
-    cli.main(["evaluate", "--checkpoint", str(out), "--data", str(data), "--workers", "0", "--batch_size", "4"])
+    cli.main(["evaluate", *CPU, "--checkpoint", str(out), "--data", str(data), "--workers", "0", "--batch_size", "4"])
     content = json.loads((out / "evaluation_val.json").read_text())
     assert content["coco"]["AP"] == pytest.approx(float(rows[0]["AP"]), abs=1e-6)
     assert sum(content["losses"].values()) == pytest.approx(float(rows[0]["val_loss"]), rel=1e-5)

@@ -256,5 +256,6 @@ def test_the_matrix_is_never_built() -> None:
 def test_match_errors(change: dict[str, Any], message: str) -> None:
     gt_boxes, gt_labels, gt_offsets = random_truth([2, 3], 0)
     arguments = {"boxes": torch.zeros(3, 4), "gt_boxes": gt_boxes, "gt_labels": gt_labels, "gt_offsets": gt_offsets}
+    change = {name: here(x) if isinstance(x, Tensor) else x for name, x in change.items()}
     with pytest.raises(ValueError, match=message):
         match(**{**arguments, "high_threshold": 0.7, "low_threshold": 0.3, **change})

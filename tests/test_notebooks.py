@@ -11,7 +11,7 @@ NOTEBOOKS = ROOT / "notebooks"
 # What the cell of settings reads from the environment.
 SMALL = {
     "voc_flowers": {"SIZE": "64", "HIDDEN": "64", "EPOCHS": "1", "STEPS": "2", "VAL_STEPS": "1"},
-    "your_own_data": {"COUNT": "14", "EPOCHS": "1"},
+    "your_own_data": {"MODEL": "tiny", "COUNT": "14", "EPOCHS": "1"},
     "kernels": {},
 }
 # A word of the output of each, which shows that it came to the end.

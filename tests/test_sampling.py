@@ -301,6 +301,7 @@ def test_samples_have_no_gradient() -> None:
 )
 def test_anchor_errors(change: dict[str, Any], message: str) -> None:
     arguments = {"anchors": grid(), "targets": make_targets([1]), "seed": 0, "step": torch.tensor(STEP)}
+    change = {name: here(x) if isinstance(x, Tensor) else x for name, x in change.items()}
     with pytest.raises(ValueError, match=message):
         match_anchors(**{**arguments, **change})
 

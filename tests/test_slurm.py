@@ -35,7 +35,8 @@ def test_the_job_is_queued_again_after_its_signal_and_not_at_its_end(tmp_path):
     out = tmp_path / "run"
     page = (ROOT / "docs" / "training-at-scale.md").read_text(encoding="utf-8")
     script = re.search(r"<!-- script: slurm -->\n```bash\n(.*?)```", page, re.DOTALL)[1]
-    small = "--model.min_size 64 --model.max_size 96 --loader.batch_size 2 --loader.workers 0 --log_interval 1"
+    small = "--device cpu --model.min_size 64 --model.max_size 96 --loader.batch_size 2 --loader.workers 0"
+    small += " --log_interval 1"
     assert "--data DIR --out runs/mine " in script and "29500" in script
     script = script.replace("--data DIR --out runs/mine ", f"--data {data} --out {out} --epochs 2 {small} ")
     commands = tmp_path / "bin"

@@ -55,7 +55,7 @@ def test_a_recorded_step_needs_a_gpu_and_the_run_goes_on_without(data, tmp_path,
 
 
 def test_buckets_on_a_cpu(data, tmp_path):
-    state = train(data, tmp_path / "run", "--loader.buckets", "true")
+    state = train(data, tmp_path / "run", "--loader.buckets", "true", "--device", "cpu")
     assert state["position"]["step"] == 3
 
 

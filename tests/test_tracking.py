@@ -60,7 +60,8 @@ def run(folder, steps, *, resume=0, console=None, epochs=2, per_epoch=4):
     return console.file.getvalue()
 
 
-def test_lines_and_files(tmp_path):
+def test_lines_and_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)  # another test's memory on a GPU is not meant
     folder = tmp_path / "runs" / "a"
     shown = run(folder, 8).splitlines()
     assert len(shown) == 4 + 2  # a line for each row, however narrow the terminal is said to be
