@@ -263,7 +263,8 @@ def predicting(model: rcnn.FasterRCNN, files: list[Path], compared: bool, repeat
     timings = measure(rivals, repeats, 1, SECONDS[device.type], device)
     return [
         {
-            "model": model.config.name, "task": "predict", "batch": READ_BATCH, "precision": "tf32" if device.type == "cuda" else "fp32", "with": name,
+            "model": model.config.name, "task": "predict", "batch": READ_BATCH,
+            "precision": PRECISIONS[device.type][0], "with": name,
             "size": [height, width],
             **asdict(timing),
             "images_per_second": len(files) / timing.median,
