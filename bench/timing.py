@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-#: Bytes written between two timed calls on a GPU, more than the largest second-level cache, and how many times: a
-#: millisecond or more, in which the host launches ahead.
-FLUSH, FLUSHES = 256 << 20, 16
+#: Bytes written between two timed calls on a GPU: more than the largest second-level cache.
+FLUSH = 256 << 20
 #: Bytes of the buffer whose copy gives the machine's bandwidth: GPU, CPU (far more than the caches hold).
 COPIED = {"cuda": 1 << 30, "cpu": 256 << 20}
 
@@ -32,7 +31,7 @@ class Timing:
         p80: a fifth of the repetitions were slower.
         best: the quickest repetition, the least disturbed by whatever else the machine did.
         processor: on a CPU, median of the processor time of all threads, which other programs disturb less; on a GPU,
-            median of the host's time until the call returns: what launches cost, checks included.
+            median of the host's time until the call returns: what a launch costs, DLPack and checks included.
         repeats: repetitions.
     """
 
@@ -98,10 +97,8 @@ def _on_gpu(device: torch.device) -> Callable[[Callable[[], Any]], tuple[float, 
         host = time.perf_counter() - start
         torch.cuda.synchronize(device)
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # The host runs ahead while the buffer is written, so that the events see the GPU's time alone, unless the
-        # function waits for the GPU.
-        for _ in range(FLUSHES):
-            buffer.zero_()
+        # The host runs ahead while the buffer is written, so that the events see the GPU's time alone.
+        buffer.zero_()
         first.record()
         function()
         last.record()
