@@ -81,6 +81,26 @@ def test_a_worker_that_dies_while_its_batch_is_fetched(server, data, folder):
     assert "rcnn train: a loading process died (" in shown and f"/{name}; if memory ran out" in shown, shown
 
 
+PINNED = """
+import signal
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Items
+
+def get(self):
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # torch's handler does not come first
+    os.kill(self._workers[0].pid, signal.SIGKILL)
+    raise RuntimeError("Pin memory thread exited unexpectedly")
+
+Items._get_data = get
+"""
+
+
+def test_a_worker_whose_batch_the_thread_for_page_locked_memory_misses(server, data, folder):
+    """There is one with a GPU alone; this is what torch says once it has ended."""
+    job = server.train("--data", data, "--out", folder / "pinned", *OPTIONS, before=jobs.BRIEF + PINNED)
+    assert job.wait() == 1
+    assert "rcnn train: a loading process died (exited unexpectedly) at " in job.text(), job.text()
+
+
 def test_an_error_that_nobody_expects_ends_the_process_and_its_workers(server, data, folder):
     """Its traceback holds the loader, whose workers ignore the signal that multiprocessing ends them with."""
     words = ["train", "--data", data, "--out", folder / "error", *OPTIONS]

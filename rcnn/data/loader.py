@@ -156,6 +156,11 @@ class Loader(DataLoader[Batch]):
             if self.num_workers:
                 self._await_death(items._workers)
             raise
+        except RuntimeError as error:
+            # On a GPU it is torch's thread for page-locked memory that finds a dying worker's batch gone, and ends.
+            if "Pin memory thread exited" in str(error):
+                self._await_death(items._workers)
+            raise
 
     def _await_death(self, workers: list[Any]) -> None:
         """Raise torch's error of a dead worker, if one ends soon: a dying one does not hand over what it announced."""
