@@ -62,7 +62,7 @@ def run(op: str, case: Case, device: torch.device, peak: float, repeats: int, se
     """
     with torch.set_grad_enabled(case.grad):
         case.gate()
-        timings = measure(case.rivals, repeats, warmup=1, seconds=seconds, device=device)
+        timings = measure(case.rivals, repeats, warmup=1, seconds=seconds, device=device, ahead=True)
         memory = {name: peak_memory(function, device) for name, function in case.rivals.items()}
     against = timings.get("torchvision") or timings.get("torch")
     return [

@@ -58,7 +58,8 @@ def markdown(result: dict[str, Any], groups: dict[str, list[Row]], plots: dict[s
     factor, unit = (1e6, "us") if on_gpu else (1e3, "ms")
     facts = ", ".join(f"{key} {value}" for key, value in machine.items() if key != "bandwidth" and value is not None)
     host = (
-        "*Host* is the time until a call returns: what its checks and launches cost the processor, and its waits."
+        "Times are the GPU's, its second-level cache full of something else and the call queued while it was busy."
+        " *Host* is the time until a call returns: what its checks and launches cost the processor, and its waits."
         if on_gpu
         else "*CPU* is the time of all threads together."
     )

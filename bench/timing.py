@@ -1,6 +1,7 @@
 """Timing of rival functions in turn, the memory that they take, and the machine they ran on."""
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -17,6 +18,8 @@ import torch
 
 #: Bytes written between two timed calls on a GPU: more than the largest second-level cache.
 FLUSH = 256 << 20
+#: So often at most, to hide what the host needs for a call: a few milliseconds. One that itself waits cannot be hidden.
+FILLS = 100
 #: Bytes of the buffer whose copy gives the machine's bandwidth: GPU, CPU (far more than the caches hold).
 COPIED = {"cuda": 1 << 30, "cpu": 256 << 20}
 
@@ -49,6 +52,7 @@ def measure(
     warmup: int = 2,
     seconds: float = float("inf"),
     device: torch.device | str = "cpu",
+    ahead: bool = False,
 ) -> dict[str, Timing]:
     """Time each function ``repeats`` times, in turn, so that a disturbance meets them all alike.
 
@@ -60,8 +64,10 @@ def measure(
         warmup: calls of each before that.
         seconds: fewer calls, though at least 3 of each, where all together would take longer.
         device: where they work.
+        ahead: a GPU is kept busy until the host has queued the call, so that what the host needs is no part of the
+            call's seconds, other than in waits of its own. Without it gaps count, as they do in a step of training.
     """
-    once = _on_gpu(torch.device(device)) if torch.device(device).type == "cuda" else _on_cpu
+    once = _on_gpu(torch.device(device), ahead) if torch.device(device).type == "cuda" else _on_cpu
     start = time.perf_counter()
     for function in rivals.values():
         for _ in range(warmup):
@@ -87,8 +93,20 @@ def _on_cpu(function: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - start, time.process_time() - spent
 
 
-def _on_gpu(device: torch.device) -> Callable[[Callable[[], Any]], tuple[float, float]]:
+def _on_gpu(device: torch.device, ahead: bool) -> Callable[[Callable[[], Any]], tuple[float, float]]:
     buffer = torch.empty(FLUSH, dtype=torch.uint8, device=device)
+
+    def seconds(function: Callable[[], Any], fills: int) -> float:
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for _ in range(fills):
+            buffer.zero_()
+        first.record()
+        function()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3
+
+    fill = min(seconds(buffer.zero_, 3) for _ in range(5))
 
     def once(function: Callable[[], Any]) -> tuple[float, float]:
         torch.cuda.synchronize(device)
@@ -96,14 +114,9 @@ def _on_gpu(device: torch.device) -> Callable[[Callable[[], Any]], tuple[float, 
         function()
         host = time.perf_counter() - start
         torch.cuda.synchronize(device)
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # The host runs ahead while the buffer is written, so that the events see the GPU's time alone.
-        buffer.zero_()
-        first.record()
-        function()
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last) / 1e3, host
+        # The host runs ahead while the buffer is written: half as long again as it needed a moment ago.
+        fills = 1 + min(FILLS, math.ceil(1.5 * host / fill)) if ahead else 1
+        return seconds(function, fills), host
 
     return once
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import cases, report, resources, soak, stages, step
+from bench import cases, report, resources, soak, stages, step, timing
 from bench.options import takes_parts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +60,11 @@ def test_the_page_of_a_gpu_has_microseconds_and_what_the_host_spends(tmp_path: P
     file.write_text(json.dumps({"machine": machine, "rows": rows}))
     report.main([str(file)])
     page = (tmp_path / "gpu.md").read_text()
-    assert page.startswith("# Benchmarks: Y\n") and "*Host* is the time until a call returns" in page
+    assert (
+        page.startswith("# Benchmarks: Y\n")
+        and "Times are the GPU's" in page
+        and "*Host* is the time until a call returns" in page
+    )
     assert "| case | with | us | p20 to p80 | host, us | of copy | extra, MB | speed-up |" in page
     assert "| 2,000 boxes | rcnn | 46080 | 12346 to 50000 | 100 | 25.0% | 5415 | 2.50 |" in page
     # A training step with stages, and one that is replayed whole.
@@ -125,6 +129,39 @@ def test_a_folder_that_is_not_there_is_told_before_anything_runs(tmp_path: Path)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "but its folder does not exist" in done.stderr
+
+
+def test_a_gpu_is_busy_until_the_host_has_queued_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fill takes 0.25 ms here, the host 1 ms for a call: 6 fills hide one and a half of it."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, other: "Event") -> float:
+            return 0.25
+
+    class Buffer:
+        def zero_(self) -> None:
+            log.append("fill")
+
+    moments = iter(range(10**6))
+    monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(timing.torch, "empty", lambda *_, **__: Buffer())
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(moments) * 1e-3)
+    for ahead, fills in ((True, 7), (False, 1)):
+        once = timing._on_gpu(torch.device("cuda"), ahead)
+        log.clear()
+        assert once(lambda: log.append("call")) == (0.25e-3, pytest.approx(1e-3))
+        assert log == ["call", *["fill"] * fills, "event", "call", "event"]
 
 
 def test_every_moment_belongs_to_the_innermost_stage(monkeypatch: pytest.MonkeyPatch) -> None:
