@@ -34,7 +34,7 @@ class Timing:
         p80: a fifth of the repetitions were slower.
         best: the quickest repetition, the least disturbed by whatever else the machine did.
         processor: on a CPU, median of the processor time of all threads, which other programs disturb less; on a GPU,
-            median of the host's time until the call returns: what a launch costs, DLPack and checks included.
+            median of the host's time until the call returns: what launches cost, checks included.
         repeats: repetitions.
     """
 
