@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rcnn.models import convolution
-from rcnn.models.convolution import conv_relu
+from rcnn.models.convolution import conv_relu, stem_relu
 
 CASES = [
     ((2, 8, 9, 7), (16, 8, 3, 3), (1, 1), (1, 1), False),
@@ -68,6 +68,23 @@ def test_the_backward_of_the_fused_form(case: tuple, frozen: tuple[int, ...], mo
             torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("size", [(16, 20), (2, 2), (30, 6)])
+def test_the_stem_over_pairs_of_rows_and_columns(size: tuple[int, int]) -> None:
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, *size, generator=random, dtype=torch.float64).to(memory_format=torch.channels_last)
+    weight, bias = (torch.randn(shape, generator=random, dtype=torch.float64) for shape in ((8, 3, 7, 7), (8,)))
+    weight.requires_grad_()
+    expected = plain(x, weight, bias, None, (2, 2), (3, 3))
+    assert torch.equal(stem_relu(x, weight, bias), expected)
+    pixels, rearranged = convolution._rearranged(x, weight)
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
+    found = plain(pixels, rearranged, bias, None, (1, 1), (0, 0))
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn(found.shape, generator=random, dtype=torch.float64)
+    (ours,), (theirs,) = (torch.autograd.grad(out, weight, grad) for out in (found, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_what_cudnn_refuses_is_computed_in_parts_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
@@ -109,3 +126,18 @@ def test_cudnn_gives_the_values_of_the_parts(case: tuple, dtype: torch.dtype, mo
         torch.autograd.grad(found, tensors, grad), torch.autograd.grad(expected, exact, grad.double()), strict=True
     ):
         assert (one - other).norm() <= 2 * eps * other.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN needs a GPU")
+@pytest.mark.parametrize("size", [(64, 96), (63, 96)])
+def test_the_stem_on_a_gpu(size: tuple[int, int]) -> None:
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, *size, generator=random).cuda()
+    weight, bias = (torch.randn(shape, generator=random).cuda() for shape in ((64, 3, 7, 7), (64,)))
+    weight = weight.to(memory_format=torch.channels_last)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = stem_relu(x, weight, bias)
+    half = [tensor.bfloat16().double() for tensor in (x, weight, bias)]
+    expected = plain(*half, None, (2, 2), (3, 3))
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).norm() <= torch.finfo(torch.bfloat16).eps * expected.norm()

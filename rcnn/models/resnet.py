@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rcnn.models.convolution import conv_relu
+from rcnn.models.convolution import conv_relu, stem_relu
 
 Norm = Literal["batch", "frozen"]
 
@@ -212,7 +212,9 @@ class ResNet(nn.Module):
         Returns:
             C2..C5, each ``(B, channels[i], ceil(H / strides[i]), ceil(W / strides[i]))`` float.
         """
-        x = F.max_pool2d(conv_norm_relu(x, self.conv1, self.bn1), 3, 2, 1)
+        folded = _folded(self.conv1, self.bn1)
+        x = conv_norm_relu(x, self.conv1, self.bn1) if folded is None else stem_relu(x, *folded)
+        x = F.max_pool2d(x, 3, 2, 1)
         maps = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = layer(x)
