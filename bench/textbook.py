@@ -70,19 +70,18 @@ def roi_pool(x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
     number = torch.arange(size + 1)
     step = extent / size
     start, end = torch.floor(number[:-1] * step).long(), torch.ceil(number[1:] * step).long()
-    plain = (start == number[:-1] * extent // size) & (end == -(-number[1:] * extent // size))
-    borders, bounds = torch.stack((start, end), dim=-1).tolist(), cells.tolist()
+    rounded = (start != number[:-1] * extent // size) | (end != -(-number[1:] * extent // size))
+    borders = torch.stack((start, end), dim=-1) + cells[:, :2, None, None]
     pooled = []
-    for r, (image, adaptive) in enumerate(zip(rois[:, 0].long().tolist(), plain.all(-1).all(-1).tolist(), strict=True)):
-        left, top, right, bottom = bounds[r]
-        crop = x[image, :, top:, left:]
-        if adaptive:
-            crop = crop[:, : max(bottom - top, 0) + 1, : max(right - left, 0) + 1]
+    rows = zip(rois[:, 0].long().tolist(), cells.tolist(), rounded.flatten(1).any(dim=1).tolist(), borders, strict=True)
+    for image, (left, top, right, bottom), by_hand, bins in rows:
+        if by_hand:
+            across, down = bins.tolist()
+            parts = [F.max_pool2d(x[image, :, a:b, c:d], (b - a, d - c)) for a, b in down for c, d in across]
+            pooled.append(torch.stack(parts, dim=1).view(-1, size, size))
+        else:
+            crop = x[image, :, top : max(bottom, top) + 1, left : max(right, left) + 1]
             pooled.append(F.adaptive_max_pool2d(crop, size))
-            continue
-        across, down = borders[r]
-        bins = [crop[:, a:b, c:d] for a, b in down for c, d in across]
-        pooled.append(torch.stack([F.max_pool2d(each, each.shape[1:]) for each in bins], 1).view(-1, size, size))
     output = torch.stack(pooled)
     return torch.where(output == float("-inf"), 0, output)
 
