@@ -1,14 +1,17 @@
 """The kernels of matching and sampling where their tiles, lists and architectures begin and end."""
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cuda_on_cpu import ARCHS, Emulator
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rcnn.kernels import _launch, match, match_anchors, match_proposals, matching
+from rcnn import boxes as geometry
+from rcnn.kernels import _launch, anchors, cell_anchors, match, match_anchors, match_proposals, matching
 from rcnn.structures import AnchorSamples, Proposals, Samples, Targets
 
 pytestmark = pytest.mark.emulated
@@ -142,6 +145,89 @@ def test_any_order_of_threads_gives_the_same(both: Both) -> None:
             again = match_anchors(boxes, targets, **options), match_proposals(found, targets, **options)
         for one, other in zip(first, again, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(other).values(), strict=True))
+
+
+def pyramid(height: int, width: int) -> Tensor:
+    """Anchors of five levels, the coarsest larger than the image."""
+    cells = torch.stack([cell_anchors([8.0 * 2**level], [0.5, 1.0, 2.0]) for level in range(5)])
+    shapes = [(-(-height // stride), -(-width // stride)) for stride in (4, 8, 16, 32, 64)]
+    return anchors(cells, shapes, [4, 8, 16, 32, 64])
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_tiles_that_skip_rows(both: Both, seed: int) -> None:
+    """Anchors that lie as in training, and objects from far smaller to larger than any: most tiles need few of them."""
+    targets, boxes = make_targets([50, 0, 8], seed), pyramid(80, 100)
+    generator = torch.Generator().manual_seed(seed)
+    extent = 2 * 80 ** torch.rand(58, 1, generator=generator) * 2 ** (torch.rand(58, 2, generator=generator) - 0.5)
+    corner = torch.rand(58, 2, generator=generator) * torch.tensor([100.0, 80.0])
+    targets = replace(targets, boxes=torch.cat((corner - extent / 2, corner + extent / 2), dim=1))
+    for high, low in ((0.7, 0.3), (0.5, 0.5), (0.2, 0.1)):
+        options = {"high_threshold": high, "low_threshold": low}
+        for low_quality in (False, True):
+            emulated, on_cpu = both(match, boxes, *truth(targets), **options, allow_low_quality_matches=low_quality)
+            assert torch.equal(emulated[0], on_cpu[0])
+            assert torch.equal(emulated[1], on_cpu[1])
+        for border in (None, 0.0):
+            draw = {"seed": 1, "step": torch.tensor(3), "batch_size_per_image": 64, "allowed_border": border}
+            check(*both(match_anchors, boxes, targets, **options, **draw))
+
+
+@pytest.mark.parametrize("scale", (3e-24, 1e-22, 1e-20, 1e-18, 1e-12, 1e17, 2e17, 4e17))
+def test_areas_at_both_ends_of_float32(both: Both, scale: float) -> None:
+    """Areas that lose bits, sums of areas that overflow, and areas that do."""
+    targets, boxes = make_targets([40, 0, 9]), random_boxes(600, 8) * scale
+    targets = replace(targets, boxes=targets.boxes * scale)
+    emulated, on_cpu = both(match, boxes, *truth(targets), **LOW_QUALITY)
+    assert torch.equal(emulated[0], on_cpu[0])
+    assert torch.equal(emulated[1], on_cpu[1])
+
+
+def test_an_iou_on_the_threshold(both: Both) -> None:
+    """The quick test in front of the division never hides one that is at least the threshold, to the last bit."""
+    first = random_boxes(120, 12)
+    second = first + 8 * torch.rand(120, 4, generator=torch.Generator().manual_seed(13))
+    one = torch.ones(1, dtype=torch.int64)
+    for box, row in zip(first.split(1), second.split(1), strict=True):
+        iou = float(geometry.iou(box, row).squeeze())
+        if iou == 0.0:
+            continue
+        for threshold, label in ((iou, 1), (float(np.nextafter(np.float32(iou), np.float32(1))), 0)):
+            options = {"high_threshold": threshold, "low_threshold": threshold}
+            assert match(box, row, one, torch.tensor([0, 1]), **options)[0].tolist() == [[label]]
+
+
+@pytest.mark.parametrize("ulps", (0, 1, 3, 100))
+def test_boxes_that_nearly_tie(both: Both, ulps: int) -> None:
+    """IoUs that differ in the last bits or not at all: the largest is found among them, and all that equal it."""
+    targets = make_targets([9])
+    targets = replace(targets, labels=targets.labels.abs())
+    step = torch.randint(-ulps, ulps + 1, (9, 70, 4), generator=torch.Generator().manual_seed(ulps), dtype=torch.int32)
+    near = targets.boxes + torch.tensor([3.0, -2.0, 5.0, 1.0])
+    boxes = (near[:, None].view(torch.int32) + step).view(torch.float32).reshape(-1, 4)
+    emulated, on_cpu = both(match, boxes, *truth(targets), **LOW_QUALITY)
+    assert torch.equal(emulated[0], on_cpu[0])
+    assert torch.equal(emulated[1], on_cpu[1])
+
+
+def test_raised_boxes_below_the_low_threshold_keep_their_best_row(both: Both) -> None:
+    """A box is the best of a row by 10 / 400, while it has 50 / 250 with rows that another box reaches nearly whole."""
+    far = 1000.0 * torch.arange(12)[:, None] * torch.tensor([0.0, 1.0, 0.0, 1.0])
+    boxes = torch.tensor([5e4, 5e4, 5e4 + 9, 5e4 + 9]).repeat(512, 1)
+    places = torch.arange(12) * 41  # in several lanes, slots and warps
+    boxes[places] = far + torch.tensor([0.0, 0.0, 10.0, 10.0])
+    boxes[places + 1] = far + torch.tensor([6.0, 0.0, 25.0, 10.0])
+    raising, better = far + torch.tensor([-30.0, 0.0, 1.0, 10.0]), far + torch.tensor([5.0, 0.0, 25.0, 10.0])
+    worse = far + torch.tensor([8.0, 0.0, 28.0, 10.0])
+    ignored = far + torch.tensor([0.0, 0.0, 10.0, 10.0])
+    rows = torch.cat((raising, worse, ignored, better, better))  # the lowest of the better ones: 36 on
+    labels = torch.ones(60, dtype=torch.int64)
+    labels[24:36] = -1
+    emulated, on_cpu = both(match, boxes, rows, labels, torch.tensor([0, 60]), **LOW_QUALITY)
+    assert emulated[0][0, places].tolist() == [1] * 12
+    assert emulated[1][0, places].tolist() == list(range(36, 48))
+    assert torch.equal(emulated[0], on_cpu[0])
+    assert torch.equal(emulated[1], on_cpu[1])
 
 
 @pytest.mark.parametrize("arch", ARCHS)

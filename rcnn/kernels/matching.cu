@@ -9,11 +9,9 @@
 //
 // Blocks have THREADS threads. A launch only reads what the launches before it wrote.
 //
-// A warp is a tile: EACH boxes for each lane (one for proposals, which are few), neighbours in memory and so, if they
-// are anchors, on the image. It knows the bounding box of its tile. Each lane tests one ground-truth row against it,
-// a ballot collects the rows that meet, and all lanes then look at those, by rising row. No shared memory, no barrier,
-// any number of rows, and no matrix: match_reach and match_assign compute the same IoU twice, to the same bits, which
-// for the few rows that a tile meets is cheaper than writing even one float per anchor.
+// Boxes are compared in tiles (matching.cuh), with the few rows that a tile could have an IoU with that matters. There
+// is no matrix: match_reach and match_assign compute the same IoU twice, to the same bits, which for those rows is
+// cheaper than writing even one float per anchor.
 //
 // Boxes are read, 16 bytes each, and not computed from level and cell: all images share the reads through the L2 cache,
 // and the same kernels serve match() and proposals.
@@ -22,113 +20,53 @@
 // Source: the rules of torchvision's Matcher, with the differences that rcnn/kernels/matching.py names.
 
 #include "box.cuh"
+#include "matching.cuh"
 
-#define WARP_MASK 0xffffffffu
 // State of a box: its ground-truth row, or one of these.
 #define NEGATIVE (-1)
 #define IGNORED (-2)
+// An IoU that most rows of ground truth reach with some anchor, and one that none does.
+#define LIKELY 0.25f
+#define NEVER 2.0f
 
 typedef unsigned long long MatchKey;
 
-// Boxes of one warp, lane by lane. Those that overlap nothing are turned inside out, and stretch no bounding box.
-template <int N>
-struct MatchTile {
-    Box boxes[N];
-    float areas[N];
-    unsigned in_use;  // bit e: box e takes part
-    Box bound;
-};
-
-// Number of box `slot` of this lane in its image.
-template <int N>
-__device__ __forceinline__ int match_index(int slot) {
-    const int warp = (blockIdx.x * THREADS + threadIdx.x) / 32;
-    return warp * 32 * N + slot * 32 + threadIdx.x % 32;
+// What an anchor may not cross: `border` beyond the image. Without sizes the border is infinite: all take part.
+__device__ __forceinline__ Box match_frame(const float* sizes, int image, float border) {
+    const float height = sizes ? sizes[2 * image] : 0.0f, width = sizes ? sizes[2 * image + 1] : 0.0f;
+    return {-border, -border, width + border, height + border};
 }
 
-// load(i, box) gives whether box i takes part, and the box.
-template <int N, class Load>
-__device__ __forceinline__ MatchTile<N> match_tile(int count, Load load) {
-    const float infinity = __uint_as_float(0x7f800000u);
-    MatchTile<N> tile;
-    tile.in_use = 0;
-    tile.bound = {infinity, infinity, -infinity, -infinity};
-#pragma unroll
-    for (int e = 0; e < N; ++e) {
-        const int i = match_index<N>(e);
-        Box b = {0.0f, 0.0f, 0.0f, 0.0f};
-        const bool used = i < count && load(i, b);
-        tile.in_use |= static_cast<unsigned>(used) << e;
-        tile.areas[e] = box_area(b);  // finite only if all coordinates are
-        if (!used || !is_finite(tile.areas[e])) b = {infinity, infinity, -infinity, -infinity};
-        tile.boxes[e] = b;
-        tile.bound = {fminf(tile.bound.x1, b.x1), fminf(tile.bound.y1, b.y1), fmaxf(tile.bound.x2, b.x2),
-                      fmaxf(tile.bound.y2, b.y2)};
-    }
-    for (int step = 16; step > 0; step /= 2) {
-        tile.bound.x1 = fminf(tile.bound.x1, __shfl_xor_sync(WARP_MASK, tile.bound.x1, step));
-        tile.bound.y1 = fminf(tile.bound.y1, __shfl_xor_sync(WARP_MASK, tile.bound.y1, step));
-        tile.bound.x2 = fmaxf(tile.bound.x2, __shfl_xor_sync(WARP_MASK, tile.bound.x2, step));
-        tile.bound.y2 = fmaxf(tile.bound.y2, __shfl_xor_sync(WARP_MASK, tile.bound.y2, step));
-    }
-    return tile;
+__device__ __forceinline__ bool match_inside(const Box& frame, const Box& b) {
+    return !(b.x1 < frame.x1 || b.y1 < frame.y1 || b.x2 > frame.x2 || b.y2 > frame.y2);
 }
 
-// Ground truth of the batch, and the rows of one image.
-struct MatchTruth {
-    const float* boxes;
-    const long long* labels;
-    int first, last;
-};
-
-__device__ __forceinline__ MatchTruth match_truth(const float* boxes, const long long* labels, const long long* offsets,
-                                                  int rows, int image) {
-    const long long limit = rows;
-    const long long first = max(offsets[image], 0ll), last = min(offsets[image + 1], limit);
-    return {boxes, labels, static_cast<int>(min(first, limit)), static_cast<int>(last)};
-}
-
-// Calls visit(row, box, ignore region or not) for the rows that meet the bounding box, by rising row; all lanes at once.
-template <class Visit>
-__device__ __forceinline__ void match_meetings(const Box& bound, const MatchTruth& truth, Visit visit) {
-    for (int base = truth.first; base < truth.last; base += 32) {
-        const int mine = base + threadIdx.x % 32;
-        bool meets = false, ignore = false;
-        if (mine < truth.last) {
-            const Box t = load_box(truth.boxes, mine);
-            const long long label = truth.labels[mine];
-            ignore = label < 0;
-            meets = label != 0 && is_finite(box_area(t)) && fminf(bound.x2, t.x2) > fmaxf(bound.x1, t.x1) &&
-                    fminf(bound.y2, t.y2) > fmaxf(bound.y1, t.y1);
-        }
-        const unsigned regions = __ballot_sync(WARP_MASK, ignore);
-        for (unsigned left = __ballot_sync(WARP_MASK, meets); left; left &= left - 1) {
-            const int source = __ffs(static_cast<int>(left)) - 1;
-            visit(base + source, load_box(truth.boxes, base + source), (regions >> source & 1u) != 0);
+// The row with the largest IoU with a box, which overlaps one: the lowest of equal ones. All lanes give the same box.
+__device__ __forceinline__ int match_best_row(const Box& b, const MatchTruth& truth) {
+    const float area = box_area(b);
+    float most = 0.0f;
+    int best = INT_LIMIT;
+    for (int row = truth.first + threadIdx.x % 32; row < truth.last; row += 32) {
+        const Box t = load_box(truth.boxes, row);
+        const float t_area = box_area(t), iou = box_iou(b, area, t, t_area);
+        if (truth.labels[row] > 0 && is_finite(t_area) && iou > most) {
+            most = iou;
+            best = row;
         }
     }
+    return INT_LIMIT - match_warp_max(match_warp_max(most) == most ? INT_LIMIT - best : 0);
 }
 
-// Largest of the warp. IoU is never negative, so that its bits order as integers.
-__device__ __forceinline__ int match_warp_max(int value) {
-#if __CUDA_ARCH__ >= 800
-    return __reduce_max_sync(WARP_MASK, value);
-#else
-    for (int step = 16; step > 0; step /= 2) value = max(value, __shfl_xor_sync(WARP_MASK, value, step));
-    return value;
-#endif
-}
-
-// Anchor i of an image. One that reaches more than `border` beyond the image takes no part.
-__device__ __forceinline__ bool match_anchor(const float* boxes, int i, const float* size, float border, Box& b) {
-    b = load_box(boxes, i);
-    return !size || !(b.x1 < -border || b.y1 < -border || b.x2 > size[1] + border || b.y2 > size[0] + border);
-}
-
-// Writes the state of the boxes of a tile, and counts positives and negatives of the image in `tally`.
+// Writes the state of the boxes of a tile, and counts positives and negatives of the image in `tally`, by way of
+// `totals`, two places in shared memory. Called by the whole block.
+//
+// An IoU matters from `low` on, or if it is what the row reaches: rows are looked at from the lower of these. The best
+// row of a box that is raised with less than `low` may not have been; the warp then finds it among all of them.
 template <int N>
-__device__ __forceinline__ void match_states(const MatchTile<N>& tile, const MatchTruth& truth, int count,
-                                             const int* reach, float high, float low, int* state, int* tally) {
+__device__ __forceinline__ void match_states(const MatchTile<N>& tile, const MatchTruth& truth, int block, int count,
+                                             const int* reach, float high, float low, int* state, int* tally,
+                                             int* totals) {
+    if (threadIdx.x < 2) totals[threadIdx.x] = 0;
     float best[N];
     int row[N];
     unsigned raised = 0, covered = 0;
@@ -137,23 +75,54 @@ __device__ __forceinline__ void match_states(const MatchTile<N>& tile, const Mat
         best[e] = 0.0f;
         row[e] = NEGATIVE;
     }
-    match_meetings(tile.bound, truth, [&](int other, const Box& t, bool ignore) {
-        const float area = box_area(t), reached = reach && !ignore ? __int_as_float(reach[other]) : 0.0f;
+    match_meetings(
+        tile, truth,
+        [&](int other, bool) {
+            const float reached = reach ? __int_as_float(reach[other]) : 0.0f;
+            return reached > 0.0f ? fminf(reached, low) : low;
+        },
+        [&](int other, const Box& t, float area, float fraction, bool ignore) {
+            unsigned near = 0;
 #pragma unroll
-        for (int e = 0; e < N; ++e) {
-            if (ignore) {  // the same in all lanes
-                const float inside = box_intersection(tile.boxes[e], t);
-                covered |= static_cast<unsigned>(inside > 0.0f && inside >= 0.5f * tile.areas[e]) << e;
-                continue;
+            for (int e = 0; e < N; ++e) {
+                const Box b = load_box(tile.boxes, match_slot(e));
+                const float inter = box_intersection(b, t), own = box_area(b);
+                if (ignore) {  // the same in all lanes
+                    covered |= static_cast<unsigned>(inter > 0.0f && inter >= 0.5f * own) << e;
+                } else {
+                    near |= static_cast<unsigned>(inter > (own + area) * fraction) << e;
+                }
             }
-            const float iou = box_iou(tile.boxes[e], tile.areas[e], t, area);
-            if (iou > best[e]) {  // rows come rising: the lowest wins a tie
-                best[e] = iou;
-                row[e] = other;
+            for (; near; near &= near - 1) {
+                const int slot = __ffs(static_cast<int>(near)) - 1;
+                const Box b = load_box(tile.boxes, match_slot(slot));
+                const float iou = box_iou(b, box_area(b), t, area);
+#pragma unroll
+                for (int e = 0; e < N; ++e) {
+                    if (e == slot && iou > best[e]) {  // rows come rising: the lowest wins a tie
+                        best[e] = iou;
+                        row[e] = other;
+                    }
+                }
+                if (reach && iou > 0.0f && iou == __int_as_float(reach[other])) raised |= 1u << slot;
             }
-            raised |= static_cast<unsigned>(iou > 0.0f && iou == reached) << e;
-        }
-    });
+        });
+    unsigned unsure = 0;
+#pragma unroll
+    for (int e = 0; e < N; ++e) unsure |= static_cast<unsigned>(best[e] < low) << e;
+    unsure &= raised;
+    for (unsigned lanes; (lanes = __ballot_sync(WARP_MASK, unsure != 0)) != 0;) {
+        __syncwarp();  // a lane reads the box of another
+        const int source = __ffs(static_cast<int>(lanes)) - 1;
+        const int slot = __ffs(static_cast<int>(__shfl_sync(WARP_MASK, unsure, source))) - 1;
+        const Box b = load_box(tile.boxes, slot * THREADS + threadIdx.x / 32 * 32 + source);
+        const int found = match_best_row(b, truth);
+        if (threadIdx.x % 32 != source) continue;
+#pragma unroll
+        for (int e = 0; e < N; ++e)
+            if (e == slot) row[e] = found;
+        unsure &= unsure - 1;
+    }
     int positives = 0, negatives = 0;
 #pragma unroll
     for (int e = 0; e < N; ++e) {
@@ -162,14 +131,29 @@ __device__ __forceinline__ void match_states(const MatchTile<N>& tile, const Mat
             if (best[e] >= high || (raised >> e & 1u)) value = row[e];
             else if (best[e] < low && !(covered >> e & 1u)) value = NEGATIVE;
         }
-        if (match_index<N>(e) < count) state[match_index<N>(e)] = value;
+        if (match_index<N>(block, e) < count) state[match_index<N>(block, e)] = value;
         positives += __popc(__ballot_sync(WARP_MASK, value >= 0));
         negatives += __popc(__ballot_sync(WARP_MASK, value == NEGATIVE));
     }
-    if (tally && threadIdx.x % 32 == 0) {
-        if (positives) atomicAdd(tally, positives);
-        if (negatives) atomicAdd(tally + 1, negatives);
+    if (!tally) return;  // the whole block
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) {
+        atomicAdd(totals, positives);
+        atomicAdd(totals + 1, negatives);
     }
+    __syncthreads();
+    if (threadIdx.x < 2 && totals[threadIdx.x]) atomicAdd(tally + threadIdx.x, totals[threadIdx.x]);
+}
+
+// Blocks in the order in which they start: those of all images in turns, from the last anchors on. These are the
+// coarsest, whose tiles meet most rows: nobody waits for them in the end, and what they reach spares finer ones work.
+struct MatchBlock {
+    int image, block;
+};
+
+__device__ __forceinline__ MatchBlock match_block() {
+    const unsigned started = blockIdx.y * gridDim.x + blockIdx.x;
+    return {static_cast<int>(started % gridDim.y), static_cast<int>(gridDim.x - 1 - started / gridDim.y)};
 }
 
 // boxes (count, 4), those of image b from b * stride on; sizes (B, 2) or null; reach (rows) starts as 0.
@@ -177,20 +161,62 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8)
     match_reach(const float* __restrict__ boxes, int stride, int count, const float* __restrict__ sizes, float border,
                 const float* __restrict__ gt_boxes, const long long* __restrict__ gt_labels,
                 const long long* __restrict__ gt_offsets, int rows, int* reach) {
-    const int image = blockIdx.y;
-    const MatchTruth truth = match_truth(gt_boxes, gt_labels, gt_offsets, rows, image);
-    const MatchTile<EACH> tile = match_tile<EACH>(count, [&](int i, Box& b) {
-        return match_anchor(boxes, image * stride + i, sizes ? sizes + 2 * image : nullptr, border, b);
+    __shared__ float4 tile_boxes[EACH * THREADS];
+    const MatchBlock at = match_block();
+    const MatchTruth truth = match_truth(gt_boxes, gt_labels, gt_offsets, rows, at.image);
+    const Box frame = match_frame(sizes, at.image, border);
+    const MatchTile<EACH> tile = match_tile<EACH>(tile_boxes, at.block, count, [&](int i, Box& b) {
+        b = load_box(boxes, at.image * stride + i);
+        return match_inside(frame, b);
     });
-    match_meetings(tile.bound, truth, [&](int row, const Box& t, bool ignore) {
-        if (ignore) return;  // the same in all lanes
-        const float area = box_area(t);
-        float most = 0.0f;
+    // The first tiles do not know yet what a row reaches, and few rows end below LIKELY. So smaller IoUs wait for a
+    // second look, at rows that are still below it.
+    bool unsure = false;
+    for (bool again = false;; again = true) {
+        match_meetings(
+            tile, truth,
+            [&](int row, bool meets) {
+                if (!meets) return NEVER;
+                const float reached = __int_as_float(atomicMax(reach + row, 0));  // other blocks raise it
+                if (reached < LIKELY) unsure = true;
+                return !again ? fmaxf(reached, LIKELY) : reached < LIKELY ? reached : NEVER;
+            },
+            [&](int row, const Box& t, float area, float fraction, bool ignore) {
+                if (ignore) return;  // the same in all lanes
+                float inter[EACH], sum[EACH], most = 0.0f, most_sum = 0.0f;
+                bool near = false;
 #pragma unroll
-        for (int e = 0; e < EACH; ++e) most = fmaxf(most, box_iou(tile.boxes[e], tile.areas[e], t, area));
-        const int bits = match_warp_max(__float_as_int(most));
-        if (bits > 0 && threadIdx.x % 32 == 0) atomicMax(reach + row, bits);
-    });
+                for (int e = 0; e < EACH; ++e) {
+                    const Box b = load_box(tile.boxes, match_slot(e));
+                    inter[e] = box_intersection(b, t);
+                    sum[e] = box_area(b) + area;
+                    near |= inter[e] > sum[e] * fraction;
+                    if (inter[e] > most) {
+                        most = inter[e];
+                        most_sum = sum[e];
+                    }
+                }
+                if (!__any_sync(WARP_MASK, near)) return;
+                // Where areas are alike, the largest intersection has the largest IoU. An intersection over its sum is
+                // IoU / (1 + IoU): the quick test with that of this box finds all whose IoU is as large (the two more
+                // roundings are within the 64e), mostly one, and only they are divided.
+                const float widest = match_warp_max(most);
+                const int owner = __ffs(static_cast<int>(__ballot_sync(WARP_MASK, most == widest))) - 1;
+                const float part = widest / __shfl_sync(WARP_MASK, most_sum, owner) * (1.0f - 0x1p-18f);
+                const float least = part < 1e-18f || area * part < 1e-30f ? 0.0f : part;
+                unsigned nearest = 0;
+#pragma unroll
+                for (int e = 0; e < EACH; ++e) nearest |= static_cast<unsigned>(inter[e] > sum[e] * least) << e;
+                float iou = 0.0f;
+                for (; nearest; nearest &= nearest - 1) {
+                    const Box b = load_box(tile.boxes, match_slot(__ffs(static_cast<int>(nearest)) - 1));
+                    iou = fmaxf(iou, box_iou(b, box_area(b), t, area));
+                }
+                const int bits = match_warp_max(__float_as_int(iou));  // not negative: bits order as integers
+                if (bits > 0 && threadIdx.x % 32 == 0) atomicMax(reach + row, bits);
+            });
+        if (again || !__any_sync(WARP_MASK, unsure)) break;
+    }
 }
 
 // As above; reach may be null; state (B, count); tally (B, 2) starts as 0, or is null.
@@ -199,12 +225,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8)
                  const float* __restrict__ gt_boxes, const long long* __restrict__ gt_labels,
                  const long long* __restrict__ gt_offsets, int rows, const int* __restrict__ reach, float high,
                  float low, int* __restrict__ state, int* tally) {
-    const int image = blockIdx.y;
-    const MatchTruth truth = match_truth(gt_boxes, gt_labels, gt_offsets, rows, image);
-    const MatchTile<EACH> tile = match_tile<EACH>(count, [&](int i, Box& b) {
-        return match_anchor(boxes, image * stride + i, sizes ? sizes + 2 * image : nullptr, border, b);
+    __shared__ float4 tile_boxes[EACH * THREADS];
+    __shared__ int totals[2];
+    const MatchBlock at = match_block();
+    const MatchTruth truth = match_truth(gt_boxes, gt_labels, gt_offsets, rows, at.image);
+    const Box frame = match_frame(sizes, at.image, border);
+    const MatchTile<EACH> tile = match_tile<EACH>(tile_boxes, at.block, count, [&](int i, Box& b) {
+        b = load_box(boxes, at.image * stride + i);
+        return match_inside(frame, b);
     });
-    match_states(tile, truth, count, reach, high, low, state + image * count, tally ? tally + 2 * image : nullptr);
+    match_states(tile, truth, at.block, count, reach, high, low, state + at.image * count,
+                 tally ? tally + 2 * at.image : nullptr, totals);
 }
 
 // Candidate i of an image: proposal i, or from `capacity` on the ground truth of the image.
@@ -214,20 +245,23 @@ __device__ __forceinline__ Box match_candidate(const float* proposals, int capac
 }
 
 // proposals (B, capacity, 4), of which in_use (B) are proposals; count = capacity + rows, enough for any image.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 10)
     match_assign_proposals(const float* __restrict__ proposals, const long long* __restrict__ in_use, int capacity,
                            int count, const float* __restrict__ gt_boxes, const long long* __restrict__ gt_labels,
                            const long long* __restrict__ gt_offsets, int rows, float high, float low,
                            int* __restrict__ state, int* tally) {
+    __shared__ float4 tile_boxes[THREADS];
+    __shared__ int totals[2];
     const int image = blockIdx.y;
     const MatchTruth truth = match_truth(gt_boxes, gt_labels, gt_offsets, rows, image);
-    const MatchTile<1> tile = match_tile<1>(count, [&](int i, Box& b) {
+    const MatchTile<1> tile = match_tile<1>(tile_boxes, blockIdx.x, count, [&](int i, Box& b) {
         const int row = truth.first + i - capacity;
         if (i < capacity ? i >= in_use[image] : row >= truth.last) return false;
         b = match_candidate(proposals, capacity, gt_boxes, truth.first, image, i);
         return i < capacity || (gt_labels[row] > 0 && b.x2 > b.x1 && b.y2 > b.y1 && is_finite(box_area(b)));
     });
-    match_states(tile, truth, count, nullptr, high, low, state + image * count, tally + 2 * image);
+    match_states(tile, truth, blockIdx.x, count, nullptr, high, low, state + image * count, tally + 2 * image,
+                 totals);
 }
 
 // The draw -------------------------------------------------------------------------------------------------------------
