@@ -255,23 +255,8 @@ decode_anchors(const scalar* __restrict__ objectness, const scalar* __restrict__
     scores[row] = to_float(objectness[source]);
 }
 
-// Of the kept boxes of a level, by falling score: how many have a score above a score, or not below it.
-__device__ __forceinline__ int kept_before(const float* __restrict__ scores, const long long* __restrict__ keep,
-                                           int count, float score, bool equal) {
-    int low = 0, high = count;
-    while (low < high) {
-        const int middle = (low + high) / 2;
-        const float other = scores[keep[middle]];
-        if (other > score || (equal && other == score)) {
-            low = middle + 1;
-        } else {
-            high = middle;
-        }
-    }
-    return low;
-}
-
-// A box's place is its place in its level and the number of boxes in every other level that come before it.
+// A box's place is its place in its level and the number of boxes in every other level that come before it. All levels
+// are searched at once, for a search is a chain of loads that wait for each other.
 extern "C" __global__ void __launch_bounds__(THREADS)
 merge_levels(const float* __restrict__ boxes, const float* __restrict__ scores, const long long* __restrict__ keep,
              const long long* __restrict__ kept, float* __restrict__ out_boxes, float* __restrict__ out_scores,
@@ -292,12 +277,40 @@ merge_levels(const float* __restrict__ boxes, const float* __restrict__ scores, 
     if (place >= kept[segment]) return;
     const int row = segment * capacity + static_cast<int>(keep[segment * rows + place]);
     const float score = scores[row];
-    for (int other = first; other < first + levels && place < proposals; ++other) {
-        if (other == segment) continue;
-        // At equal score the lower level comes first.
-        place += kept_before(scores + other * capacity, keep + other * rows, static_cast<int>(kept[other]), score,
-                             other < segment);
+    int low[LEVELS], high[LEVELS];
+    bool open = false;
+#pragma unroll
+    for (int other = 0; other < LEVELS; ++other) {
+        low[other] = 0;
+        high[other] = other < levels && other != level ? static_cast<int>(kept[first + other]) : 0;
+        open |= high[other] > 0;
     }
+    while (open) {
+        int middle[LEVELS], at[LEVELS];
+        float found[LEVELS];
+#pragma unroll
+        for (int other = 0; other < LEVELS; ++other) {
+            middle[other] = (low[other] + high[other]) / 2;
+            const int of = first + min(other, levels - 1);
+            at[other] = of * capacity + static_cast<int>(keep[of * rows + min(middle[other], rows - 1)]);
+        }
+#pragma unroll
+        for (int other = 0; other < LEVELS; ++other) found[other] = scores[at[other]];
+        open = false;
+#pragma unroll
+        for (int other = 0; other < LEVELS; ++other) {
+            if (low[other] >= high[other]) continue;
+            // At equal score the lower level comes first.
+            if (found[other] > score || (other < level && found[other] == score)) {
+                low[other] = middle[other] + 1;
+            } else {
+                high[other] = middle[other];
+            }
+            open |= low[other] < high[other];
+        }
+    }
+#pragma unroll
+    for (int other = 0; other < LEVELS; ++other) place += low[other];
     if (place < proposals) {
         store_box(out_boxes, blockIdx.y * proposals + place, load_box(boxes, row));
         out_scores[blockIdx.y * proposals + place] = score;
