@@ -116,7 +116,7 @@ def test_five_thousand_boxes_in_one_image(both: Both) -> None:
     check(*both(match_proposals, make_proposals(2, 100), targets, seed=1, step=torch.tensor(3)))
 
 
-@pytest.mark.parametrize("size", (1, 31, 32, 33, 256, 512, 2000))
+@pytest.mark.parametrize("size", (1, 7, 8, 9, 31, 32, 33, 256, 512, 2000))
 def test_every_size_of_the_draw(both: Both, size: int) -> None:
     targets, boxes = make_targets([30, 4]), random_boxes(3000, 6)
     for fraction in (0.0, 0.5, 1.0):

@@ -298,16 +298,20 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                  MatchKey origin, const long long* __restrict__ step, const long long* __restrict__ image_ids,
                  int* found, MatchKey* __restrict__ keys, int* __restrict__ index) {
     __shared__ MatchKey start, limits[2];
-    const int image = blockIdx.y;
+    const int image = blockIdx.y, first = blockIdx.x * EACH * THREADS + threadIdx.x;
+    int kinds[EACH];  // read while the first thread works out the start
+#pragma unroll
+    for (int e = 0; e < EACH; ++e)
+        kinds[e] = first + e * THREADS < count ? match_kind(state[image * count + first + e * THREADS]) : 2;
     if (threadIdx.x == 0) start = match_start(origin, step, image_ids, image);
     if (threadIdx.x < 2) {
         const int n = tally[2 * image + threadIdx.x];
         limits[threadIdx.x] = n <= capacity ? ~0ull : static_cast<MatchKey>(expected / n * 18446744073709551616.0f);
     }
     __syncthreads();
+#pragma unroll
     for (int e = 0; e < EACH; ++e) {
-        const int i = (blockIdx.x * EACH + e) * THREADS + threadIdx.x;
-        const int kind = i < count ? match_kind(state[image * count + i]) : 2;
+        const int i = first + e * THREADS, kind = kinds[e];
         if (kind == 2) continue;
         const MatchKey key = match_key(start, i);
         if (key > limits[kind]) continue;
@@ -366,7 +370,8 @@ __device__ __forceinline__ void match_select(const MatchDraw& draw, int image, i
 }
 
 // Calls write(slot, label, index) for each of the `size` slots of an image: label 1, then 0, then -1 in padding. The
-// place of a row is the number of smaller keys in its list, so nothing is sorted. Blocks in y: the two kinds.
+// place of a row is the number of smaller keys in its list, so nothing is sorted; RANKERS lanes count a share each.
+// Blocks in y: the two kinds.
 template <class Write>
 __device__ __forceinline__ void match_draw(const MatchDraw& draw, int image, Write write) {
     const int kind = blockIdx.y, list = 2 * image + kind;
@@ -375,22 +380,26 @@ __device__ __forceinline__ void match_draw(const MatchDraw& draw, int image, Wri
     const int wanted = kind == 0 ? positives : min(draw.tally[list], draw.size - positives);
     MatchKey* keys = draw.keys + list * draw.capacity;
     int* index = draw.index + list * draw.capacity;
-    int candidates = wanted > 0 ? draw.found[list] : 0, stride = gridDim.x * THREADS;
+    int candidates = wanted > 0 ? draw.found[list] : 0, blocks = gridDim.x;
     if (candidates < wanted || candidates > draw.capacity) {  // the same in all threads of these blocks
         if (blockIdx.x > 0) return;
         match_select(draw, image, kind, wanted, keys, index);
         candidates = wanted;
-        stride = THREADS;
+        blocks = 1;
     }
-    const int first = blockIdx.x * THREADS + threadIdx.x;
-    for (int i = first; i < candidates; i += stride) {
-        const MatchKey key = keys[i];
+    const int thread = blockIdx.x * THREADS + threadIdx.x, share = threadIdx.x % RANKERS;
+    for (int base = thread / 32 * (32 / RANKERS); base < candidates; base += blocks * THREADS / RANKERS) {
+        const int i = base + threadIdx.x % 32 / RANKERS, mine = min(i, candidates - 1);
+        const MatchKey key = keys[mine];
+        const int at = index[mine];
         int rank = 0;
-        for (int j = 0; j < candidates; ++j) rank += keys[j] < key;
-        if (rank < wanted) write(before + rank, 1 - kind, index[i]);
+#pragma unroll 8
+        for (int j = share; j < candidates; j += RANKERS) rank += keys[j] < key;
+        for (int step = RANKERS / 2; step > 0; step /= 2) rank += __shfl_xor_sync(WARP_MASK, rank, step);
+        if (share == 0 && i < candidates && rank < wanted) write(before + rank, 1 - kind, at);
     }
     if (kind == 1)
-        for (int slot = before + wanted + first; slot < draw.size; slot += stride) write(slot, -1, 0);
+        for (int slot = before + wanted + thread; slot < draw.size; slot += blocks * THREADS) write(slot, -1, 0);
 }
 
 // Deltas from a box to the ground truth of its state; zeros without one.

@@ -15,9 +15,9 @@ from rcnn.kernels.matching_cpu import match_cpu
 from rcnn.kernels.sampling import ANCHORS, PROPOSALS, image_keys, list_sizes, sample
 from rcnn.structures import AnchorSamples, Proposals, Samples, Targets
 
-#: Threads of a block, and boxes for each lane of a warp that matches anchors.
-THREADS, EACH = 128, 4
-SOURCE = _launch.CudaSource("matching", THREADS=THREADS, EACH=EACH)
+#: Threads of a block, boxes for each lane of a warp that matches anchors, and lanes that find a candidate's place.
+THREADS, EACH, RANKERS = 128, 4, 8
+SOURCE = _launch.CudaSource("matching", THREADS=THREADS, EACH=EACH, RANKERS=RANKERS)
 
 #: Labels that the CPU body of :func:`match_anchors` holds at once.
 _LABELS = 1 << 19
@@ -484,7 +484,8 @@ def _draw(kernel: str, draw: tuple[Tensor | np.generic, ...], rest: tuple[Tensor
     keys = draw[-1]
     assert isinstance(keys, Tensor)
     lists, capacity = keys.shape
-    _launch.launch(SOURCE, kernel, (-(-capacity // THREADS), 2, lists // 2), THREADS, (*draw, *rest))
+    grid = -(-capacity * RANKERS // THREADS), 2, lists // 2
+    _launch.launch(SOURCE, kernel, grid, THREADS, (*draw, *rest))
 
 
 def _truth(gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, np.int32]:
