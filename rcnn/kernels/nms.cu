@@ -4,13 +4,17 @@
 // nms_batched  grid (slots, slices), block likewise: one chunk of each range of one list
 // nms_ranges   grid ceil(N / THREADS): finds the ranges of equal group, in three lists by size
 //
-// A block keeps the boxes of its chunk in shared memory with a list of those that still stand, and repeats:
-//   1. the first GROUP boxes of the list are settled: the warps make, by ballots, for each box the set of earlier ones
-//      that overlap it, and repeat keep = {boxes that no box of keep overlaps} to its fixed point. It is the greedy
-//      answer, because a box can only be struck by an earlier one; clustered boxes need two or three rounds, not 64;
-//   2. each later box is compared with the newly kept ones only;
-//   3. what still stands moves to the front of the list.
-// So no pair with a struck box is looked at twice, there is no bit matrix, and what is beyond `most` is never settled.
+// A block keeps the boxes of its chunk in shared memory, alike ones side by side: each gets a place by a counting sort
+// of its size and position, and a row, its rank by score, knows its place until it is struck. The 32 boxes of a word
+// have common bounds. The block repeats:
+//   1. the next GROUP rows that stand are gathered;
+//   2. they are settled: the warps make, by ballots, for each box the set of earlier ones that overlap it, and repeat
+//      keep = {boxes that no box of keep overlaps} to its fixed point. It is the greedy answer, because a box can only
+//      be struck by an earlier one; clustered boxes need two or three rounds, not 64;
+//   3. each word is compared with those of the newly kept that its bounds do not rule out.
+// So no pair with a box that was struck by an earlier group is looked at, nor most pairs of boxes far apart or of
+// different size; there is no bit matrix, and what is beyond `most` is never settled. Places only say which pairs are
+// looked at: the result does not depend on them. A problem of SMALL boxes or fewer is left to one warp, unsorted.
 //
 // A problem of more than CHUNK boxes takes a launch per chunk. From the second on, each slice compares the chunk with
 // its share of all boxes kept before, and the block that arrives last settles what stood against all of them. No
@@ -19,94 +23,248 @@
 // Source: the rule of torchvision's nms. Its kernel writes a bit for each pair and then passes one box at a time.
 
 #include "box.cuh"
+#include "nms.cuh"
 #include "scalar.cuh"
 
-#define WARP_MASK 0xffffffffu
 #define CHUNK_WORDS (CHUNK / 32)
+#define REARRANGE 512  // Fewer places are cheaper left as they are
+#define NONE 0xffffu
 
-static_assert(CHUNK_WORDS <= 64, "nms_pack gives two words to each lane");
-static_assert(GROUP == 64, "nms_settle gives two boxes to each lane");
+static_assert(GROUP == 64, "each lane has two boxes of the group");
+static_assert(BUCKETS == 32 * 32, "nms_arrange sums 32 rows of 32");
+static_assert(CHUNK < NONE, "a place is 16 bits");
 
-// Boxes kept a moment ago, which strike later ones.
-struct NmsFresh {
-    float boxes[4 * GROUP];
+// Boxes that strike later ones, and their rows.
+struct NmsGroup {
+    alignas(16) float boxes[4 * GROUP];
     float limits[GROUP];
+    unsigned short rows[GROUP];
 };
 
-// The quick test below compares the intersection with the sum of both boxes' limits, area * fraction.
-__device__ __forceinline__ float nms_fraction(float threshold) {
-    return threshold < 1e-18f ? 0.0f : threshold / (1.0f + threshold) * (1.0f - 0x1p-18f);
-}
+// What the 32 boxes of each word have in common, those that can overlap none left out: all lie inside `bounds`; the
+// least limit and the greatest room. Bits of those that stand; some that are settled may be among them.
+struct NmsWords {
+    alignas(16) float bounds[4 * CHUNK_WORDS];
+    alignas(8) float reach[2 * CHUNK_WORDS];
+    unsigned stands[CHUNK_WORDS];
+};
 
-// Infinite for a box that overlaps none (its area is not positive, or too large for a float); 0, which is no limit,
-// where the product could lose bits to underflow.
-__device__ __forceinline__ float nms_limit(const Box& b, float fraction) {
-    const float area = box_area(b), limit = area * fraction;
-    if (!(area > 0.0f) || !is_finite(area)) return __uint_as_float(0x7f800000u);
-    return limit < 1e-30f ? 0.0f : limit;
-}
+// While boxes are arranged, how many each bucket has; later `stands` as it was before a strike, and nms_settle's sets.
+union NmsScratch {
+    int counts[BUCKETS];
+    struct {
+        unsigned long long columns[GROUP];
+        unsigned stood[CHUNK_WORDS];
+    } strike;
+};
 
-// True wherever nms_suppresses is, and in few other cases, without a division.
-//
-// With e = 2^-24, a union u = fl(fl(a + b) - inter) is at least ((a + b)(1 - e) - inter)(1 - e), so fl(inter / u) > t,
-// which needs inter / u > t, means inter > (a + b) * t / (1 + t) * (1 - 2e). The limits add up to less than that: the
-// fraction is t / (1 + t) * (1 - 64e) with three roundings, a limit adds one and their sum another, (1 + e)^5 in all.
-// Where a + b or the sum of the limits overflows, the union does, and the IoU is 0.
-__device__ __forceinline__ bool nms_near(const Box& a, float limit_a, const Box& b, float limit_b) {
-    const float width = fminf(a.x2, b.x2) - fmaxf(a.x1, b.x1);
-    const float height = fminf(a.y2, b.y2) - fmaxf(a.y1, b.y1);
-    return fmaxf(width, 0.0f) * height > limit_a + limit_b;
-}
+// A chunk in shared memory. place[row] is where the box of a row lies, NONE from when it does not stand; row[place].
+struct NmsChunk {
+    float* boxes;
+    unsigned short *place, *row;
+    NmsGroup* group;
+    NmsWords* words;
+    NmsScratch* scratch;
+    int* standing;  // how many rows behind the group stand
+    int warps;      // that work on it, one or an even number; one has no need of barriers
+};
 
-__device__ __forceinline__ bool nms_suppresses(const Box& a, const Box& b, float threshold) {
-    return box_iou(a, box_area(a), b, box_area(b)) > threshold;
-}
-
-// Moves the rows whose bit is set in `stands` to `to`, in order; gives their number to all threads. `from` is null for
-// the list 0, 1, 2, ... Starts and ends with a barrier: `stands` and `from` were just written, `to` is read next.
-__device__ __forceinline__ int nms_pack(const unsigned* stands, int words, const unsigned short* from,
-                                        unsigned short* to) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    __syncthreads();
-    const int even = 2 * lane < words ? __popc(stands[2 * lane]) : 0;
-    const int odd = 2 * lane + 1 < words ? __popc(stands[2 * lane + 1]) : 0;
-    int sum = even + odd;
-    for (int step = 1; step < 32; step *= 2) {
-        const int before = __shfl_up_sync(WARP_MASK, sum, step);
-        if (lane >= step) sum += before;
+__device__ __forceinline__ void nms_sync(const NmsChunk& c) {
+    if (c.warps == 1) {
+        __syncwarp();
+    } else {
+        __syncthreads();
     }
-    for (int word = warp; word < words; word += warps) {
-        const int start = __shfl_sync(WARP_MASK, word % 2 ? sum - odd : sum - odd - even, word / 2);
-        const unsigned bits = stands[word];
-        const int p = 32 * word + lane;
-        if (bits >> lane & 1u)
-            to[start + __popc(bits & ((1u << lane) - 1u))] = static_cast<unsigned short>(from ? from[p] : p);
-    }
-    __syncthreads();
-    return __shfl_sync(WARP_MASK, sum, 31);
 }
 
-// Which of the first `head` boxes of the list are kept, to all threads. Holds a barrier.
-__device__ __forceinline__ unsigned long long nms_settle(const float* boxes, const unsigned short* list, int head,
-                                                         float threshold, float fraction,
-                                                         unsigned long long* columns) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const Box low = load_box(boxes, list[min(lane, head - 1)]);
-    const Box high = load_box(boxes, list[min(lane + 32, head - 1)]);
-    const float low_limit = nms_limit(low, fraction), high_limit = nms_limit(high, fraction);
-    for (int j = warp; j < head; j += warps) {
-        const Box b = load_box(boxes, list[j]);
-        const float limit = nms_limit(b, fraction);
-        unsigned long long column = __ballot_sync(
-            WARP_MASK, lane < j && nms_near(low, low_limit, b, limit) && nms_suppresses(low, b, threshold));
+// Bounds and reach of a word, of which this lane has a box. Eight values are reduced at once: at each of three steps a
+// lane gives half of what it has for the other half of its partner's, and keeps what lane / 4 names.
+__device__ __forceinline__ void nms_bound(const Box& b, bool there, float fraction, NmsWords& words, int word) {
+    const int lane = threadIdx.x % 32;
+    const bool solid = there && nms_solid(b);
+    const float limit = nms_limit(b, fraction);
+    const bool known = limit >= 0.0f;
+    const float room = known ? box_area(b) * (1.0f + 0x1p-20f) - limit : INF;
+    float v[8] = {b.x1, b.y1, -b.x2, -b.y2, known ? limit : 0.0f, -room, INF, INF};
+#pragma unroll
+    for (int k = 0; k < 6; ++k) v[k] = solid ? v[k] : INF;
+#pragma unroll
+    for (int half = 4; half > 0; half /= 2) {
+        const bool upper = lane & 4 * half;
+#pragma unroll
+        for (int k = 0; k < half; ++k) {
+            const float other = __shfl_xor_sync(WARP_MASK, upper ? v[k] : v[k + half], 4 * half);
+            v[k] = fminf(upper ? v[k + half] : v[k], other);
+        }
+    }
+    v[0] = fminf(v[0], __shfl_xor_sync(WARP_MASK, v[0], 2));
+    v[0] = fminf(v[0], __shfl_xor_sync(WARP_MASK, v[0], 1));
+    const int which = lane / 4;
+    const float value = 0x2c >> which & 1 ? -v[0] : v[0];
+    if (lane % 4 == 0 && which < 4) words.bounds[4 * word + which] = value;
+    if (lane % 4 == 0 && which / 2 == 2) words.reach[2 * word + which - 4] = value;
+}
+
+// Puts the finite ones of at most SMALL boxes where their rows are, by one warp; gives the number of places.
+__device__ __forceinline__ int nms_copy(const float* boxes, int size, const NmsChunk& c) {
+    const int lane = threadIdx.x % 32;
+    int standing = 0;
+#pragma unroll 1
+    for (int base = 0; base < size; base += 32) {
+        const int row = base + lane;
+        bool stands = row < size;
+        if (stands) {
+            const Box b = load_box(boxes, row);
+            store_box(c.boxes, row, b);
+            stands = box_finite(b);
+            c.place[row] = static_cast<unsigned short>(stands ? row : NONE);
+            c.row[row] = static_cast<unsigned short>(row);
+        }
+        const unsigned bits = __ballot_sync(WARP_MASK, stands);
+        if (lane == 0) c.words->stands[base / 32] = bits;
+        standing += __popc(bits);
+    }
+    if (lane == 0) *c.standing = standing;
+    __syncwarp();
+    return size;
+}
+
+// Puts the boxes of all rows from `from` on that stand, at first all finite ones, side by side, ordered by bucket,
+// inside a bucket by chance; gives their number. Starts with a barrier; a barrier is due before `place` is read.
+__device__ __forceinline__ int nms_arrange(const float* boxes, int first, int from, int size, bool anew,
+                                           float fraction, const NmsChunk& c) {
+    __shared__ int sums[32], extent_bits[4];
+    int* const counts = c.scratch->counts;
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, threads = blockDim.x;
+#pragma unroll 1
+    for (int i = thread; i < BUCKETS; i += threads) counts[i] = 0;
+    if (anew && thread < 4) extent_bits[thread] = 0x7fffffff;
+    __syncthreads();
+    if (anew) {
+        float least[4] = {INF, INF, INF, INF};
+#pragma unroll 1
+        for (int base = thread; base < size; base += 4 * threads) {
+            // Four reads on their way at a time.
+            Box b[4];
+#pragma unroll
+            for (int k = 0; k < 4; ++k) b[k] = load_box(boxes, first + min(base + k * threads, size - 1));
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const int row = base + k * threads;
+                const bool finite = box_finite(b[k]), solid = finite && nms_solid(b[k]);
+                if (row < size) c.place[row] = static_cast<unsigned short>(finite ? 0u : NONE);
+                least[0] = fminf(least[0], solid ? b[k].x1 : INF), least[1] = fminf(least[1], solid ? b[k].y1 : INF);
+                least[2] = fminf(least[2], solid ? -b[k].x2 : INF), least[3] = fminf(least[3], solid ? -b[k].y2 : INF);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            for (int step = 16; step > 0; step /= 2)
+                least[k] = fminf(least[k], __shfl_xor_sync(WARP_MASK, least[k], step));
+            if (lane == 0) atomicMin(&extent_bits[k], nms_ordered(__float_as_int(least[k])));
+        }
+        __syncthreads();
+    }
+    const NmsExtent extent = nms_extent(extent_bits);
+#pragma unroll 1
+    for (int row = from + thread; row < size; row += threads)
+        if (c.place[row] != NONE) atomicAdd(&counts[nms_bucket(load_box(boxes, first + row), extent)], 1);
+    __syncthreads();
+#pragma unroll 1
+    for (int i = warp; i < 32; i += c.warps) {
+        int total;
+        const int before = nms_sum_before(counts[32 * i + lane], &total);
+        counts[32 * i + lane] = before;
+        if (lane == 0) sums[i] = total;
+    }
+    __syncthreads();
+    int places;
+    const int start = nms_sum_before(sums[lane], &places);
+#pragma unroll 1
+    for (int base = from + 32 * warp; base < size; base += threads) {
+        const int row = base + lane;
+        const bool stands = row < size && c.place[row] != NONE;
+        Box b = {0.0f, 0.0f, 0.0f, 0.0f};
+        int bucket = 0;
+        if (stands) {
+            b = load_box(boxes, first + row);
+            bucket = nms_bucket(b, extent);
+        }
+        const int offset = __shfl_sync(WARP_MASK, start, bucket / 32);
+        if (!stands) continue;
+        const int place = offset + atomicAdd(&counts[bucket], 1);
+        store_box(c.boxes, place, b);
+        c.place[row] = static_cast<unsigned short>(place);
+        c.row[place] = static_cast<unsigned short>(row);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int word = warp; 32 * word < places; word += c.warps) {
+        const int place = 32 * word + lane;
+        nms_bound(load_box(c.boxes, min(place, places - 1)), place < places, fraction, *c.words, word);
+        const unsigned bits = __ballot_sync(WARP_MASK, place < places);
+        if (lane == 0) c.words->stands[word] = bits;
+    }
+    if (thread == 0) *c.standing = places;
+    return places;
+}
+
+// Makes the next boxes that stand the group, by one warp; gives their number, and puts the row behind them in cursor.
+__device__ __forceinline__ int nms_gather(int* cursor, int size, float fraction, const NmsChunk& c) {
+    const int lane = threadIdx.x % 32;
+    int found = 0, base = *cursor;
+    unsigned place = base + lane < size ? c.place[base + lane] : NONE;
+#pragma unroll 1
+    while (base < size && found < GROUP) {
+        const int row = base + lane;
+        const unsigned next = row + 32 < size ? c.place[row + 32] : NONE;
+        const unsigned stand = __ballot_sync(WARP_MASK, place != NONE);
+        const int rank = found + __popc(stand & ((1u << lane) - 1u));
+        const bool take = place != NONE && rank < GROUP;
+        if (take) {
+            const Box b = load_box(c.boxes, place);
+            store_box(c.group->boxes, rank, b);
+            c.group->limits[rank] = nms_limit(b, fraction);
+            c.group->rows[rank] = static_cast<unsigned short>(row);
+        }
+        const unsigned taken = __ballot_sync(WARP_MASK, take);
+        found += __popc(taken);
+        base += taken == stand ? 32 : 32 - __clz(taken);
+        place = next;
+    }
+    *cursor = min(base, size);
+    return found;
+}
+
+__device__ __forceinline__ void nms_remember(int places, const NmsChunk& c) {
+    for (int word = threadIdx.x; 32 * word < places; word += 32 * c.warps)
+        c.scratch->strike.stood[word] = c.words->stands[word];
+}
+
+// Which of the `head` boxes of the group are kept, to all threads. Holds a barrier. Remembers which bits of words are
+// set, for nms_strike.
+__device__ __forceinline__ unsigned long long nms_settle(int head, int places, float threshold,
+                                                         const NmsChunk& c) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int first = min(lane, head - 1), second = min(lane + 32, head - 1);
+    const Box low = load_box(c.group->boxes, first), high = load_box(c.group->boxes, second);
+    const float low_limit = c.group->limits[first], high_limit = c.group->limits[second];
+    unsigned long long* const columns = c.scratch->strike.columns;
+    nms_remember(places, c);
+#pragma unroll 1
+    for (int j = warp; j < head; j += c.warps) {
+        const Box b = load_box(c.group->boxes, j);
+        const float limit = c.group->limits[j];
+        unsigned long long column =
+            __ballot_sync(WARP_MASK, lane < j && nms_strikes(low, low_limit, b, limit, threshold));
         if (j > 32) {
-            const unsigned later = __ballot_sync(WARP_MASK, lane + 32 < j && nms_near(high, high_limit, b, limit) &&
-                                                                nms_suppresses(high, b, threshold));
+            const unsigned later = __ballot_sync(
+                WARP_MASK, lane + 32 < j && nms_strikes(high, high_limit, b, limit, threshold));
             column |= static_cast<unsigned long long>(later) << 32;
         }
         if (lane == 0) columns[j] = column;
     }
-    __syncthreads();
+    nms_sync(c);
     // Each warp finds the same answer: cheaper than to wait for one that does. After n rounds the first n bits are final.
     const unsigned long long low_column = lane < head ? columns[lane] : 0;
     const unsigned long long high_column = lane + 32 < head ? columns[lane + 32] : 0;
@@ -120,143 +278,171 @@ __device__ __forceinline__ unsigned long long nms_settle(const float* boxes, con
     return keep;
 }
 
-// Compares N words of 32 boxes of the list, `step` words apart, with the fresh ones; sets the bits of those that stand.
-template <int N>
-__device__ __forceinline__ void nms_strike(const float* boxes, const unsigned short* list, int length, int word,
-                                           int step, const NmsFresh& fresh, int count, float threshold, float fraction,
-                                           unsigned* stands) {
-    const int lane = threadIdx.x % 32;
-    Box box[N];
-    float limit[N];
-    int near[N];
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-        box[n] = load_box(boxes, list[min(32 * (word + n * step) + lane, length - 1)]);
-        limit[n] = nms_limit(box[n], fraction);
-        near[n] = -1;
-    }
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) {
-        const Box b = load_box(fresh.boxes, i);
-        const float b_limit = fresh.limits[i];
-#pragma unroll
-        for (int n = 0; n < N; ++n)
-            if (nms_near(b, b_limit, box[n], limit[n])) near[n] = i;
-    }
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-        // The last near one decides nearly always; those before it are asked where it lies just below the threshold.
-        bool struck = false;
-        for (int i = near[n]; i >= 0 && !struck; --i)
-            struck = nms_suppresses(load_box(fresh.boxes, i), box[n], threshold);
-        const int position = 32 * (word + n * step) + lane;
-        const unsigned bits = __ballot_sync(WARP_MASK, position < length && !struck);
-        if (lane == 0) stands[word + n * step] = bits;
+// Compares the words with those boxes of the group whose bit is set in `keep`; rows before `cursor` are settled. Half
+// of the warps take the first 32 of the group and half the others, so that two warps share a word that many reach.
+__device__ __forceinline__ void nms_strike(unsigned long long keep, int count, int cursor, int places, float threshold,
+                                           float fraction, const NmsChunk& c) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, halves = min(c.warps, 2);
+    for (int first = 32 * (warp % halves); first < count; first += 32 * halves) {
+        const unsigned kept = static_cast<unsigned>(keep >> first);
+        const Box mine = load_box(c.group->boxes, min(first + lane, count - 1));
+        const float mine_limit = c.group->limits[min(first + lane, count - 1)];
+#pragma unroll 1
+        for (int word = warp / halves; 32 * word < places; word += c.warps / halves) {
+            const unsigned bits = c.scratch->strike.stood[word];
+            if (bits == 0u) continue;
+            unsigned those = kept;
+            if (c.warps > 1) {
+                const Box bounds = load_box(c.words->bounds, word);
+                const float2 reach = reinterpret_cast<const float2*>(c.words->reach)[word];
+                those &= __ballot_sync(WARP_MASK, nms_reaches(mine, mine_limit, bounds, reach));
+            }
+            if (those == 0u) continue;
+            const int place = min(32 * word + lane, places - 1), row = c.row[place];
+            const Box box = load_box(c.boxes, place);
+            const float limit = nms_limit(box, fraction);
+            int near = -1;
+            for (unsigned rest = those; rest;) {
+                const int i = first + __ffs(rest) - 1;
+                rest &= rest - 1u;
+                // Two at a time, the second perhaps the first again: one waits for memory less often.
+                const int j = rest ? first + __ffs(rest) - 1 : i;
+                rest &= rest - 1u;
+                const Box a = load_box(c.group->boxes, i), b = load_box(c.group->boxes, j);
+                const float limit_a = c.group->limits[i], limit_b = c.group->limits[j];
+                if (nms_near(nms_inter(a, box), limit_a + limit)) near = i;
+                if (nms_near(nms_inter(b, box), limit_b + limit)) near = j;
+            }
+            const bool stood = bits >> lane & 1u;
+            // The last near one decides nearly always; those before it are asked where it lies just below the threshold.
+            bool struck = false;
+            for (int i = stood && row >= cursor ? near : -1; i >= first && !struck; --i)
+                struck = those >> (i - first) & 1u &&
+                         nms_strikes(load_box(c.group->boxes, i), c.group->limits[i], box, limit, threshold);
+            const unsigned gone = __ballot_sync(WARP_MASK, stood && (struck || row < cursor));
+            if (gone == 0u) continue;
+            // Of two warps that strike a box, one finds its bit set.
+            unsigned old = lane == 0 ? atomicAnd(&c.words->stands[word], ~gone) : 0u;
+            old = __shfl_sync(WARP_MASK, old, 0);
+            const bool fell = struck && (old >> lane & 1u);
+            if (fell) c.place[row] = NONE;
+            const unsigned fallen = __ballot_sync(WARP_MASK, fell);
+            if (lane == 0 && fallen) atomicSub(c.standing, __popc(fallen));
+        }
     }
 }
 
-// nms_strike for the whole list. Starts with a barrier: `fresh` was just written.
-__device__ __forceinline__ void nms_strike_all(const float* boxes, const unsigned short* list, int length,
-                                               const NmsFresh& fresh, int count, float threshold, float fraction,
-                                               unsigned* stands) {
-    const int warps = blockDim.x / 32, words = (length + 31) / 32;
-    int word = threadIdx.x / 32;
+// Strikes the chunk by a slice's share of the `total` boxes kept in earlier launches. Ends with a barrier.
+__device__ __forceinline__ void nms_strike_by_kept(const float* boxes, const long long* kept, int total,
+                                                   int origin, int places, float threshold, float fraction,
+                                                   const NmsChunk& c) {
+    const int thread = threadIdx.x, threads = blockDim.x, slice = blockIdx.y, slices = gridDim.y;
+    const int end = static_cast<int>(static_cast<long long>(total) * (slice + 1) / slices);
+#pragma unroll 1
+    for (int base = static_cast<int>(static_cast<long long>(total) * slice / slices); base < end; base += threads) {
+        // Each thread reads one of them, all at the same time.
+        Box mine = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (base + thread < end) mine = load_box(boxes, static_cast<int>(kept[base + thread] - origin));
+#pragma unroll 1
+        for (int first = 0; first < min(threads, end - base); first += GROUP) {
+            const int count = min(GROUP, min(threads, end - base) - first);
+            __syncthreads();
+            if (thread >= first && thread < first + count) {
+                store_box(c.group->boxes, thread - first, mine);
+                c.group->limits[thread - first] = nms_limit(mine, fraction);
+            }
+            nms_remember(places, c);
+            __syncthreads();
+            nms_strike(~0ull >> (GROUP - count), count, 0, places, threshold, fraction, c);
+        }
+    }
     __syncthreads();
-    // Two boxes a thread share the reads of the fresh ones.
-    for (; word + warps < words; word += 2 * warps)
-        nms_strike<2>(boxes, list, length, word, warps, fresh, count, threshold, fraction, stands);
-    if (word < words) nms_strike<1>(boxes, list, length, word, warps, fresh, count, threshold, fraction, stands);
+}
+
+// Leaves the rows standing that stand against all slices, in the block that arrives last; gives false in the others.
+// Only atomics touch what other blocks of this launch touch.
+__device__ __forceinline__ bool nms_meet(int size, int* standing, int* arrived, const NmsChunk& c) {
+    const int thread = threadIdx.x, lane = thread % 32, slices = gridDim.y;
+#pragma unroll 1
+    for (int base = thread - lane; base < size; base += blockDim.x) {
+        const unsigned bits = __ballot_sync(WARP_MASK, base + lane < size && c.place[base + lane] != NONE);
+        if (lane == 0) atomicAnd(&standing[base / 32], static_cast<int>(bits));
+    }
+    __threadfence();
+    __syncthreads();
+    if (!__syncthreads_or(thread == 0 && atomicAdd(arrived, 1) == slices - 1)) return false;
+    __threadfence();
+#pragma unroll 1
+    for (int base = thread - lane; base < size; base += blockDim.x) {
+        const int mine = lane == 0 ? atomicExch(&standing[base / 32], -1) : 0;
+        const unsigned bits = static_cast<unsigned>(__shfl_sync(WARP_MASK, mine, 0));
+        if (base + lane < size && !(bits >> lane & 1u)) c.place[base + lane] = NONE;
+    }
+    if (thread == 0) atomicExch(arrived, 0);
+    return true;
 }
 
 // Rows first .. first + CHUNK of one problem of `rows` boxes.
 //
 // kept: rows of the problem, plus origin, in rising order; at most `most`. found (problems): how many.
 // standing (problems, CHUNK_WORDS), all bits set, and arrived (problems), 0: used where first > 0, left as they were.
-// capacity: min(CHUNK, most boxes that any problem of the launch has); shared memory has 20 bytes for each.
-__device__ __forceinline__ void nms_chunk(const float* boxes, int rows, int most, long long origin, int first,
+// capacity: min(CHUNK, most boxes that any problem of the launch has); shared memory has 20 bytes for each. A block has
+// one warp where it is at most SMALL, else an even number.
+__device__ __forceinline__ void nms_chunk(const float* boxes, int rows, int most, int origin, int first,
                                           int capacity, float threshold, long long* kept, long long* found,
                                           int* standing, int* arrived) {
-    DYNAMIC_SHARED(float, chunk);
-    __shared__ NmsFresh fresh;
-    __shared__ unsigned long long columns[GROUP];
-    __shared__ unsigned stands[CHUNK_WORDS];
-    unsigned short* list = reinterpret_cast<unsigned short*>(chunk + 4 * capacity);
-    unsigned short* other = list + capacity;
-
-    const int thread = threadIdx.x, lane = thread % 32, problem = blockIdx.x;
-    const int size = min(rows - first, capacity), words = (size + 31) / 32;
+    DYNAMIC_SHARED(float, memory);
+    __shared__ NmsGroup group;
+    __shared__ NmsWords words;
+    __shared__ NmsScratch scratch;
+    __shared__ int standing_rows, heads, cursors;
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, problem = blockIdx.x;
+    const int size = min(rows - first, capacity);
     int total = first > 0 ? static_cast<int>(found[problem]) : 0;
     // The same for all slices of a problem: the last of them writes found after all have read it.
     if (first > 0 && (size <= 0 || total >= most)) return;
+    const bool alone = first == 0 && size <= SMALL;
+    if (alone && warp > 0) return;
+    unsigned short* const place = reinterpret_cast<unsigned short*>(memory + 4 * capacity);
+    const int warps = alone ? 1 : blockDim.x / 32;
+    const NmsChunk c = {memory, place, place + capacity, &group, &words, &scratch, &standing_rows, warps};
     const float fraction = nms_fraction(threshold);
 
-    for (int word = thread / 32; word < words; word += blockDim.x / 32) {
-        const int row = 32 * word + lane;
-        bool stand = row < size;
-        if (stand) {
-            const Box b = load_box(boxes, first + row);
-            store_box(chunk, row, b);
-            stand = box_finite(b);
+    int cursor = 0;
+    bool met = first == 0;
+    while (cursor < size && total < most) {
+        const bool anew = cursor == 0 && (first == 0 || !met);
+        const int places =
+            c.warps == 1 ? nms_copy(boxes, size, c) : nms_arrange(boxes, first, cursor, size, anew, fraction, c);
+        if (!met) {
+            nms_strike_by_kept(boxes, kept, total, origin, places, threshold, fraction, c);
+            if (!nms_meet(size, standing + problem * CHUNK_WORDS, arrived + problem, c)) return;
+            met = true;
+            continue;
         }
-        const unsigned bits = __ballot_sync(WARP_MASK, stand);
-        if (lane == 0) stands[word] = bits;
-    }
-    int length = nms_pack(stands, words, nullptr, list);
-
-    if (first > 0) {
-        // This slice's share of the boxes kept in earlier launches, GROUP at a time.
-        const int slice = blockIdx.y, slices = gridDim.y;
-        const int end = static_cast<int>(static_cast<long long>(total) * (slice + 1) / slices);
-        for (int base = static_cast<int>(static_cast<long long>(total) * slice / slices); base < end && length > 0;
-             base += GROUP) {
-            const int count = min(GROUP, end - base);
-            for (int i = thread; i < count; i += blockDim.x) {
-                const Box b = load_box(boxes, static_cast<int>(kept[base + i] - origin));
-                store_box(fresh.boxes, i, b);
-                fresh.limits[i] = nms_limit(b, fraction);
+        nms_sync(c);
+        while (true) {
+            if (warp == 0) {
+                const int head = nms_gather(&cursor, size, fraction, c);
+                if (lane == 0) heads = head, cursors = cursor, standing_rows -= head;
             }
-            nms_strike_all(chunk, list, length, fresh, count, threshold, fraction, stands);
-            length = nms_pack(stands, (length + 31) / 32, list, other);
-            unsigned short* const swapped = list;
-            list = other;
-            other = swapped;
+            nms_sync(c);
+            const int head = heads, standing_now = standing_rows;
+            cursor = cursors;
+            if (head == 0) break;
+            const unsigned long long keep = nms_settle(head, places, threshold, c);
+            for (int i = thread; i < head && warp < 2; i += min(32 * c.warps, 64)) {
+                const int rank = __popcll(keep & ((1ull << i) - 1ull));
+                if (keep >> i & 1ull && total + rank < most) kept[total + rank] = origin + (first + group.rows[i]);
+            }
+            total += __popcll(keep);
+            if (standing_now == 0) cursor = size;
+            if (standing_now == 0 || total >= most) break;
+            nms_strike(keep, head, cursor, places, threshold, fraction, c);
+            nms_sync(c);
+            // Where half of them are gone, the others move together.
+            if (places > REARRANGE && 2 * standing_now <= places) break;
         }
-        // What stands against all slices. Only atomics touch what other blocks of this launch touch.
-        for (int word = thread; word < words; word += blockDim.x) stands[word] = 0u;
-        __syncthreads();
-        for (int p = thread; p < length; p += blockDim.x) atomicOr(&stands[list[p] / 32], 1u << list[p] % 32);
-        __syncthreads();
-        for (int word = thread; word < words; word += blockDim.x)
-            atomicAnd(&standing[problem * CHUNK_WORDS + word], static_cast<int>(stands[word]));
-        __threadfence();
-        __syncthreads();
-        if (!__syncthreads_or(thread == 0 && atomicAdd(&arrived[problem], 1) == slices - 1)) return;
-        __threadfence();
-        for (int word = thread; word < words; word += blockDim.x)
-            stands[word] = static_cast<unsigned>(atomicExch(&standing[problem * CHUNK_WORDS + word], -1));
-        if (thread == 0) atomicExch(&arrived[problem], 0);
-        length = nms_pack(stands, words, nullptr, list);
-    }
-
-    while (length > 0 && total < most) {
-        const int head = min(length, GROUP);
-        const unsigned long long keep = nms_settle(chunk, list, head, threshold, fraction, columns);
-        for (int i = thread; i < head; i += blockDim.x) {
-            if (!(keep >> i & 1ull)) continue;
-            const int rank = __popcll(keep & ((1ull << i) - 1ull));
-            const Box b = load_box(chunk, list[i]);
-            store_box(fresh.boxes, rank, b);
-            fresh.limits[rank] = nms_limit(b, fraction);
-            if (total + rank < most) kept[total + rank] = origin + first + list[i];
-        }
-        const int count = __popcll(keep);
-        total += count;
-        length -= head;
-        nms_strike_all(chunk, list + head, length, fresh, count, threshold, fraction, stands);
-        length = nms_pack(stands, (length + 31) / 32, list + head, other);
-        unsigned short* const swapped = list;
-        list = other;
-        other = swapped;
     }
     if (thread == 0) found[problem] = min(total, most);
 }
@@ -280,7 +466,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int slot = blockIdx.x;
     if (slot >= *slots) return;
     const int start = ranges[2 * slot], rows = ranges[2 * slot + 1];
-    nms_chunk(boxes + 4 * start, rows, rows, start, first, capacity, threshold, kept + start, found, standing,
+    nms_chunk(boxes + 4 * start, rows, 0x7fffffff, start, first, capacity, threshold, kept + start, found, standing,
               arrived);
 }
 
