@@ -121,12 +121,13 @@ def test_iou_is_that_of_boxes_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-15, 3e-19, 1e15, 1.8e19])
-@pytest.mark.parametrize("between", [0, 63, KERNEL_CHUNK - 1])
+@pytest.mark.parametrize("between", [0, 63, 200, KERNEL_CHUNK - 1])
 def test_pairs_on_the_threshold(between: int, scale: float, device: torch.device) -> None:
-    # A box and its copy moved by d have IoU (w - d) / (w + d); some ulp more or less put it on either side. The boxes
-    # between them leave the second in the first's word, or put it into a later word, or into the next chunk. The
-    # smallest areas are 2e-38, near the end of the normal numbers; the largest 3e38, and the sum of two overflows.
-    problems, filler = {0: (1500, 0.0), 63: (60, 0.0), KERNEL_CHUNK - 1: (6, math.nan)}[between]
+    # A box and its copy moved by d have IoU (w - d) / (w + d); its part has that of their areas; some ulp more or less
+    # put it on either side. The boxes between them leave the second in the first's group, or put it into a later one,
+    # or into a word that knows only its bounds, or into the next chunk. The smallest areas are 2e-38, near the end of
+    # the normal numbers; the largest 3e38, and the sum of two overflows.
+    problems, filler = {0: (1500, 0.0), 63: (60, 0.0), 200: (30, 0.0), KERNEL_CHUNK - 1: (6, math.nan)}[between]
     generator = torch.Generator().manual_seed(between)
     sides = set()
     for threshold in (0.5, 0.7, 1 / 3, 0.05, 1e-3):
@@ -134,7 +135,8 @@ def test_pairs_on_the_threshold(between: int, scale: float, device: torch.device
         extent = (0.5 + torch.rand(problems, 2, generator=generator) / 2) * scale
         first = torch.cat((corner, corner + extent), dim=1)
         second = first.clone()
-        second[:, ::2] += (extent[:, 0] * (1 - threshold) / (1 + threshold))[:, None]
+        second[::2, ::2] += (extent[::2, 0] * (1 - threshold) / (1 + threshold))[:, None]
+        second[1::2, 2] -= extent[1::2, 0] * (1 - threshold)
         ulp = torch.randint(-2, 3, (problems, 4), generator=generator, dtype=torch.int32)
         second = (second.view(torch.int32) + ulp).view(torch.float32)
         expected = geometry.iou(first, second) > threshold
@@ -165,6 +167,59 @@ def test_large_problems(count: int, device: torch.device) -> None:
         boxes[7::501, 2] = math.nan
         expected = _nms_cpu(boxes, scores, None, THRESHOLDS[1])
         assert torch.equal(nms(boxes.to(device), scores.to(device), THRESHOLDS[1]).cpu(), expected)
+
+
+def apart_and_alike(kind: str) -> Tensor:
+    """Boxes for the words of a block, which are of like size and place: 32 a word, in 16 octaves of 8 by 8 cells."""
+    generator = torch.Generator().manual_seed(len(kind))
+    unit = torch.rand(1100, 4, generator=generator)
+    if kind == "one bucket":
+        return torch.tensor([300.0, 300, 340, 340]) + 6 * unit
+    # Centres on the borders of cells of 64, areas on those of octaves, 1.5 * 2 ** n, and 32 or 33 of a kind.
+    place = torch.randint(1, 8, (1100, 2), generator=generator) * 64.0
+    half = 2.0 ** torch.randint(-2, 6, (1100, 1), generator=generator) * torch.tensor([1.5, 0.5])
+    if kind == "on borders":
+        return torch.cat((place - half, place + half), dim=1).clamp(0, 512)
+    if kind == "words of 32":
+        each = torch.tensor([32, 33, 31, 1]).repeat(11).repeat_interleave(torch.tensor([32, 33, 31, 1]).repeat(11))
+        corner = torch.arange(44).repeat_interleave(torch.tensor([32, 33, 31, 1]).repeat(11))[:, None] * 90.0
+        return torch.cat((corner, corner, corner + each[:, None], corner + 40), dim=1)[:1067] + 9 * unit[:1067]
+    boxes = torch.cat((place - half * (1 + unit[:, :2]), place + half * (1 + unit[:, 2:])), dim=1)
+    if kind == "half reversed":
+        boxes[::2] = boxes[::2][:, [2, 1, 0, 3]]
+        boxes[1::8] = boxes[1::8][:, [2, 3, 0, 1]]
+    elif kind == "of all sizes":
+        boxes *= 4.0 ** torch.randint(-20, 28, (1100, 1), generator=generator)
+    elif kind == "huge beside small":
+        boxes[::50] *= 1e17
+        boxes[7::50] *= 1e-18
+    elif kind == "few objects":
+        boxes = boxes[torch.randint(30, (1100,), generator=generator)] + unit
+    elif kind == "one solid":
+        boxes[:777, 2:], boxes[778:, 2:] = boxes[:777, :2], boxes[778:, :2]
+    return boxes
+
+
+KINDS = ("one bucket", "on borders", "words of 32", "half reversed", "of all sizes", "huge beside small", "few objects")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "one solid", "mixed"])
+def test_words_of_boxes_alike_in_size_and_place(kind: str, device: torch.device) -> None:
+    boxes = apart_and_alike(kind)
+    for threshold in (0.0, 1e-20, 1e-3, 0.4, 0.7, 1.0):
+        scores = random_scores(len(boxes), 1)
+        expected = _nms_cpu(boxes, scores, None, threshold)
+        assert torch.equal(nms(boxes.to(device), scores.to(device), threshold).cpu(), expected)
+
+
+def test_blocks_of_few_warps_settle_large_problems(device: torch.device) -> None:
+    """So many problems that a block has two warps, most of them small."""
+    boxes = torch.stack([random_boxes(SMALL + 40, 5), random_boxes(SMALL + 40, 6)]).repeat(900, 1, 1)
+    count = torch.arange(1800) % 3
+    count[::300], count[1::300] = SMALL + 1, SMALL
+    expected = _nms_padded_cpu(boxes, count, 0.4, 100)
+    found = nms_padded(boxes.to(device), count.to(device), 0.4, 100)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
 
 
 def test_large_problems_in_a_batch(device: torch.device) -> None:
