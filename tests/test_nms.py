@@ -120,13 +120,14 @@ def test_iou_is_that_of_boxes_to_the_bit() -> None:
         assert torch.equal(_overlaps(table, table, threshold), iou > threshold)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-15, 3e-19, 1e15, 1.8e19])
+@pytest.mark.parametrize("scale", [1.0, 2e-15, 3e-19, 1e15, 1.8e19])
 @pytest.mark.parametrize("between", [0, 63, 200, KERNEL_CHUNK - 1])
 def test_pairs_on_the_threshold(between: int, scale: float, device: torch.device) -> None:
     # A box and its copy moved by d have IoU (w - d) / (w + d); its part has that of their areas; some ulp more or less
     # put it on either side. The boxes between them leave the second in the first's group, or put it into a later one,
     # or into a word that knows only its bounds, or into the next chunk. The smallest areas are 2e-38, near the end of
-    # the normal numbers; the largest 3e38, and the sum of two overflows.
+    # the normal numbers; at 4e-30 some limits are kept and some are not; the largest 3e38, and the sum of two
+    # overflows. Either may come first.
     problems, filler = {0: (1500, 0.0), 63: (60, 0.0), 200: (30, 0.0), KERNEL_CHUNK - 1: (6, math.nan)}[between]
     generator = torch.Generator().manual_seed(between)
     sides = set()
@@ -139,6 +140,8 @@ def test_pairs_on_the_threshold(between: int, scale: float, device: torch.device
         second[1::2, 2] -= extent[1::2, 0] * (1 - threshold)
         ulp = torch.randint(-2, 3, (problems, 4), generator=generator, dtype=torch.int32)
         second = (second.view(torch.int32) + ulp).view(torch.float32)
+        swap = torch.arange(problems)[:, None] % 4 < 2
+        first, second = torch.where(swap, second, first), torch.where(swap, first, second)
         expected = geometry.iou(first, second) > threshold
         fillers = torch.full((problems, between, 4), filler)
         boxes = torch.cat((first[:, None], fillers, second[:, None]), dim=1).to(device)
@@ -150,12 +153,16 @@ def test_pairs_on_the_threshold(between: int, scale: float, device: torch.device
     assert sides == {False, True}
 
 
-def test_a_box_just_not_struck_by_the_last_is_struck_by_an_earlier_one(device: torch.device) -> None:
+def test_a_box_just_not_struck_by_one_is_struck_by_another(device: torch.device) -> None:
     # On a line: the first spans 1..4, the second 0..2, the last 0..4. IoU of last and first 3 / 4, of last and second
     # 2 / 4 exactly, of first and second 1 / 4. Empty boxes put the last behind the first word.
     line = torch.tensor([[1.0, 0, 4, 1], [0, 0, 2, 1], *([[0.0, 0, 0, 0]] * 70), [0, 0, 4, 1]], device=device)
     assert nms(line, torch.ones(73, device=device), 0.5).tolist() == list(range(72))
     assert nms(line[1:], torch.ones(72, device=device), 0.5).tolist() == list(range(72))
+    line[:2] = line[[1, 0]]
+    for between in (70, 200):
+        boxes = torch.cat((line[:2], line[2:3].repeat(between, 1), line[-1:]))
+        assert nms(boxes, torch.ones(between + 3, device=device), 0.5).tolist() == list(range(between + 2))
 
 
 @pytest.mark.parametrize("count", [1000, KERNEL_CHUNK - 1, KERNEL_CHUNK, KERNEL_CHUNK + 1, 2 * KERNEL_CHUNK + 1])

@@ -301,24 +301,24 @@ __device__ __forceinline__ void nms_strike(unsigned long long keep, int count, i
             const int place = min(32 * word + lane, places - 1), row = c.row[place];
             const Box box = load_box(c.boxes, place);
             const float limit = nms_limit(box, fraction);
-            int near = -1;
+            int near = 32;
             for (unsigned rest = those; rest;) {
-                const int i = first + __ffs(rest) - 1;
-                rest &= rest - 1u;
+                const int i = 31 - __clz(static_cast<int>(rest));
+                rest ^= 1u << i;
                 // Two at a time, the second perhaps the first again: one waits for memory less often.
-                const int j = rest ? first + __ffs(rest) - 1 : i;
-                rest &= rest - 1u;
-                const Box a = load_box(c.group->boxes, i), b = load_box(c.group->boxes, j);
-                const float limit_a = c.group->limits[i], limit_b = c.group->limits[j];
+                const int j = rest ? 31 - __clz(static_cast<int>(rest)) : i;
+                rest &= ~(1u << j);
+                const Box a = load_box(c.group->boxes, first + i), b = load_box(c.group->boxes, first + j);
+                const float limit_a = c.group->limits[first + i], limit_b = c.group->limits[first + j];
                 if (nms_near(nms_inter(a, box), limit_a + limit)) near = i;
                 if (nms_near(nms_inter(b, box), limit_b + limit)) near = j;
             }
             const bool stood = bits >> lane & 1u;
-            // The last near one decides nearly always; those before it are asked where it lies just below the threshold.
+            // The first near one decides nearly always; those after it are asked where it lies just below the threshold.
             bool struck = false;
-            for (int i = stood && row >= cursor ? near : -1; i >= first && !struck; --i)
-                struck = those >> (i - first) & 1u &&
-                         nms_strikes(load_box(c.group->boxes, i), c.group->limits[i], box, limit, threshold);
+            for (int i = stood && row >= cursor ? near : 32; i < 32 && !struck; ++i)
+                struck = those >> i & 1u && nms_strikes(load_box(c.group->boxes, first + i),
+                                                        c.group->limits[first + i], box, limit, threshold);
             const unsigned gone = __ballot_sync(WARP_MASK, stood && (struck || row < cursor));
             if (gone == 0u) continue;
             // Of two warps that strike a box, one finds its bit set.
