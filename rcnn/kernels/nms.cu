@@ -42,20 +42,24 @@ struct NmsGroup {
 };
 
 // What the 32 boxes of each word have in common, those that can overlap none left out: all lie inside `bounds`; the
-// least limit and the greatest room. Bits of those that stand; some that are settled may be among them.
+// least limit and the greatest room. Bits of those that stand; some that are settled may be among them. Only the warp
+// that owns a word, always the same one, touches these.
 struct NmsWords {
     alignas(16) float bounds[4 * CHUNK_WORDS];
     alignas(8) float reach[2 * CHUNK_WORDS];
     unsigned stands[CHUNK_WORDS];
 };
 
-// While boxes are arranged, how many each bucket has; later `stands` as it was before a strike, and nms_settle's sets.
+// While boxes are arranged, how many each bucket has; later nms_settle's sets.
 union NmsScratch {
     int counts[BUCKETS];
-    struct {
-        unsigned long long columns[GROUP];
-        unsigned stood[CHUNK_WORDS];
-    } strike;
+    unsigned long long columns[GROUP];
+};
+
+// Two boxes of the group, lane and lane + 32.
+struct NmsPair {
+    Box low, high;
+    float low_limit, high_limit;
 };
 
 // A chunk in shared memory. place[row] is where the box of a row lies, NONE from when it does not stand; row[place].
@@ -66,7 +70,7 @@ struct NmsChunk {
     NmsWords* words;
     NmsScratch* scratch;
     int* standing;  // how many rows behind the group stand
-    int warps;      // that work on it, one or an even number; one has no need of barriers
+    int warps;      // that work on it; one has no need of barriers
 };
 
 __device__ __forceinline__ void nms_sync(const NmsChunk& c) {
@@ -236,30 +240,25 @@ __device__ __forceinline__ int nms_gather(int* cursor, int size, float fraction,
     return found;
 }
 
-__device__ __forceinline__ void nms_remember(int places, const NmsChunk& c) {
-    for (int word = threadIdx.x; 32 * word < places; word += 32 * c.warps)
-        c.scratch->strike.stood[word] = c.words->stands[word];
+__device__ __forceinline__ NmsPair nms_pair(const NmsGroup& group, int count) {
+    const int lane = threadIdx.x % 32, low = min(lane, count - 1), high = min(lane + 32, count - 1);
+    return {load_box(group.boxes, low), load_box(group.boxes, high), group.limits[low], group.limits[high]};
 }
 
-// Which of the `head` boxes of the group are kept, to all threads. Holds a barrier. Remembers which bits of words are
-// set, for nms_strike.
-__device__ __forceinline__ unsigned long long nms_settle(int head, int places, float threshold,
-                                                         const NmsChunk& c) {
+// Which of the `head` boxes of the group are kept, to all threads. Holds a barrier.
+__device__ __forceinline__ unsigned long long nms_settle(int head, float threshold, const NmsChunk& c) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int first = min(lane, head - 1), second = min(lane + 32, head - 1);
-    const Box low = load_box(c.group->boxes, first), high = load_box(c.group->boxes, second);
-    const float low_limit = c.group->limits[first], high_limit = c.group->limits[second];
-    unsigned long long* const columns = c.scratch->strike.columns;
-    nms_remember(places, c);
+    const NmsPair pair = nms_pair(*c.group, head);
+    unsigned long long* const columns = c.scratch->columns;
 #pragma unroll 1
     for (int j = warp; j < head; j += c.warps) {
         const Box b = load_box(c.group->boxes, j);
         const float limit = c.group->limits[j];
         unsigned long long column =
-            __ballot_sync(WARP_MASK, lane < j && nms_strikes(low, low_limit, b, limit, threshold));
+            __ballot_sync(WARP_MASK, lane < j && nms_strikes(pair.low, pair.low_limit, b, limit, threshold));
         if (j > 32) {
             const unsigned later = __ballot_sync(
-                WARP_MASK, lane + 32 < j && nms_strikes(high, high_limit, b, limit, threshold));
+                WARP_MASK, lane + 32 < j && nms_strikes(pair.high, pair.high_limit, b, limit, threshold));
             column |= static_cast<unsigned long long>(later) << 32;
         }
         if (lane == 0) columns[j] = column;
@@ -278,57 +277,57 @@ __device__ __forceinline__ unsigned long long nms_settle(int head, int places, f
     return keep;
 }
 
-// Compares the words with those boxes of the group whose bit is set in `keep`; rows before `cursor` are settled. Half
-// of the warps take the first 32 of the group and half the others, so that two warps share a word that many reach.
+// The first of the boxes of the group from `first` on, of those whose bit is set, that is near; else `near`.
+__device__ __forceinline__ int nms_first_near(const NmsGroup& group, int first, unsigned those, const Box& box,
+                                              float limit, int near) {
+    while (those) {
+        const int i = 31 - __clz(static_cast<int>(those));
+        those ^= 1u << i;
+        // Two at a time, the second perhaps the first again: one waits for memory less often.
+        const int j = those ? 31 - __clz(static_cast<int>(those)) : i;
+        those &= ~(1u << j);
+        const Box a = load_box(group.boxes, first + i), b = load_box(group.boxes, first + j);
+        const float limit_a = group.limits[first + i], limit_b = group.limits[first + j];
+        if (nms_near(nms_inter(a, box), limit_a + limit)) near = first + i;
+        if (nms_near(nms_inter(b, box), limit_b + limit)) near = first + j;
+    }
+    return near;
+}
+
+// Compares the words with those of `count` boxes of the group whose bit is set in `keep`; rows before `cursor` are
+// settled.
 __device__ __forceinline__ void nms_strike(unsigned long long keep, int count, int cursor, int places, float threshold,
                                            float fraction, const NmsChunk& c) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, halves = min(c.warps, 2);
-    for (int first = 32 * (warp % halves); first < count; first += 32 * halves) {
-        const unsigned kept = static_cast<unsigned>(keep >> first);
-        const Box mine = load_box(c.group->boxes, min(first + lane, count - 1));
-        const float mine_limit = c.group->limits[min(first + lane, count - 1)];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const NmsPair pair = nms_pair(*c.group, count);
 #pragma unroll 1
-        for (int word = warp / halves; 32 * word < places; word += c.warps / halves) {
-            const unsigned bits = c.scratch->strike.stood[word];
-            if (bits == 0u) continue;
-            unsigned those = kept;
-            if (c.warps > 1) {
-                const Box bounds = load_box(c.words->bounds, word);
-                const float2 reach = reinterpret_cast<const float2*>(c.words->reach)[word];
-                those &= __ballot_sync(WARP_MASK, nms_reaches(mine, mine_limit, bounds, reach));
-            }
-            if (those == 0u) continue;
-            const int place = min(32 * word + lane, places - 1), row = c.row[place];
-            const Box box = load_box(c.boxes, place);
-            const float limit = nms_limit(box, fraction);
-            int near = 32;
-            for (unsigned rest = those; rest;) {
-                const int i = 31 - __clz(static_cast<int>(rest));
-                rest ^= 1u << i;
-                // Two at a time, the second perhaps the first again: one waits for memory less often.
-                const int j = rest ? 31 - __clz(static_cast<int>(rest)) : i;
-                rest &= ~(1u << j);
-                const Box a = load_box(c.group->boxes, first + i), b = load_box(c.group->boxes, first + j);
-                const float limit_a = c.group->limits[first + i], limit_b = c.group->limits[first + j];
-                if (nms_near(nms_inter(a, box), limit_a + limit)) near = i;
-                if (nms_near(nms_inter(b, box), limit_b + limit)) near = j;
-            }
-            const bool stood = bits >> lane & 1u;
-            // The first near one decides nearly always; those after it are asked where it lies just below the threshold.
-            bool struck = false;
-            for (int i = stood && row >= cursor ? near : 32; i < 32 && !struck; ++i)
-                struck = those >> i & 1u && nms_strikes(load_box(c.group->boxes, first + i),
-                                                        c.group->limits[first + i], box, limit, threshold);
-            const unsigned gone = __ballot_sync(WARP_MASK, stood && (struck || row < cursor));
-            if (gone == 0u) continue;
-            // Of two warps that strike a box, one finds its bit set.
-            unsigned old = lane == 0 ? atomicAnd(&c.words->stands[word], ~gone) : 0u;
-            old = __shfl_sync(WARP_MASK, old, 0);
-            const bool fell = struck && (old >> lane & 1u);
-            if (fell) c.place[row] = NONE;
-            const unsigned fallen = __ballot_sync(WARP_MASK, fell);
-            if (lane == 0 && fallen) atomicSub(c.standing, __popc(fallen));
+    for (int word = warp; 32 * word < places; word += c.warps) {
+        const unsigned bits = c.words->stands[word];
+        if (bits == 0u) continue;
+        unsigned low = static_cast<unsigned>(keep), high = static_cast<unsigned>(keep >> 32);
+        if (c.warps > 1) {
+            const Box bounds = load_box(c.words->bounds, word);
+            const float2 reach = reinterpret_cast<const float2*>(c.words->reach)[word];
+            low &= __ballot_sync(WARP_MASK, nms_reaches(pair.low, pair.low_limit, bounds, reach));
+            high &= __ballot_sync(WARP_MASK, nms_reaches(pair.high, pair.high_limit, bounds, reach));
         }
+        if ((low | high) == 0u) continue;
+        const int place = min(32 * word + lane, places - 1), row = c.row[place];
+        const Box box = load_box(c.boxes, place);
+        const float limit = nms_limit(box, fraction);
+        int near = nms_first_near(*c.group, 32, high, box, limit, GROUP);
+        near = nms_first_near(*c.group, 0, low, box, limit, near);
+        const bool stands = (bits >> lane & 1u) && row >= cursor;
+        // The first near one decides nearly always; those after it are asked where it lies just below the threshold.
+        bool struck = false;
+        for (int i = stands ? near : GROUP; i < GROUP && !struck; ++i)
+            struck = keep >> i & 1ull &&
+                     nms_strikes(load_box(c.group->boxes, i), c.group->limits[i], box, limit, threshold);
+        if (struck) c.place[row] = NONE;
+        const unsigned left = __ballot_sync(WARP_MASK, stands && !struck);
+        const unsigned fallen = __ballot_sync(WARP_MASK, struck);
+        if (lane == 0) c.words->stands[word] = left;
+        if (lane == 0 && fallen) atomicSub(c.standing, __popc(fallen));
     }
 }
 
@@ -351,7 +350,6 @@ __device__ __forceinline__ void nms_strike_by_kept(const float* boxes, const lon
                 store_box(c.group->boxes, thread - first, mine);
                 c.group->limits[thread - first] = nms_limit(mine, fraction);
             }
-            nms_remember(places, c);
             __syncthreads();
             nms_strike(~0ull >> (GROUP - count), count, 0, places, threshold, fraction, c);
         }
@@ -387,7 +385,7 @@ __device__ __forceinline__ bool nms_meet(int size, int* standing, int* arrived, 
 // kept: rows of the problem, plus origin, in rising order; at most `most`. found (problems): how many.
 // standing (problems, CHUNK_WORDS), all bits set, and arrived (problems), 0: used where first > 0, left as they were.
 // capacity: min(CHUNK, most boxes that any problem of the launch has); shared memory has 20 bytes for each. A block has
-// one warp where it is at most SMALL, else an even number.
+// one warp where it is at most SMALL, else more.
 __device__ __forceinline__ void nms_chunk(const float* boxes, int rows, int most, int origin, int first,
                                           int capacity, float threshold, long long* kept, long long* found,
                                           int* standing, int* arrived) {
@@ -430,7 +428,7 @@ __device__ __forceinline__ void nms_chunk(const float* boxes, int rows, int most
             const int head = heads, standing_now = standing_rows;
             cursor = cursors;
             if (head == 0) break;
-            const unsigned long long keep = nms_settle(head, places, threshold, c);
+            const unsigned long long keep = nms_settle(head, threshold, c);
             for (int i = thread; i < head && warp < 2; i += min(32 * c.warps, 64)) {
                 const int rank = __popcll(keep & ((1ull << i) - 1ull));
                 if (keep >> i & 1ull && total + rank < most) kept[total + rank] = origin + (first + group.rows[i]);

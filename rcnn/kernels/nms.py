@@ -326,8 +326,7 @@ def _solve_cuda(
         standing = torch.full((problems, KERNEL_CHUNK // 32), -1, dtype=torch.int32, device=kept.device)
         arrived = torch.zeros(problems, dtype=torch.int32, device=kept.device)
     capacity = min(rows, KERNEL_CHUNK)
-    # One, or an even number: pairs of warps share words.
-    warps = 1 if capacity <= SMALL else 2 * max(1, min(THREADS, capacity, 32 * WARPS // max(1, problems)) // 64)
+    warps = 1 if capacity <= SMALL else max(2, min(THREADS // 32, capacity // 32, WARPS // max(1, problems)))
     for first in range(0, rows, KERNEL_CHUNK):
         numbers = (np.int32(first), np.int32(capacity), np.float32(iou_threshold))
         slices = max(1, BLOCKS // max(1, problems)) if first else 1
