@@ -27,6 +27,9 @@ from rcnn.precision import OVERFLOWS, LossScaler
 from rcnn.stopping import Interrupted, Reason
 from rcnn.tracking import Tracker
 
+#: Where an epoch can be shorter than the saving of its state, and how many times as long as the last saving took must
+#: have passed before the end of an epoch is saved there.
+SHORT_EPOCHS, SAVINGS_APART = ("cuda",), 10
 #: Starts torch's message when the CPU's allocator fails; a GPU's has a class of its own.
 _CPU_MEMORY = "DefaultCPUAllocator"
 
@@ -50,8 +53,9 @@ def train(
     """Train to the end, evaluating on the way; the run folder then holds the best and the last weights.
 
     The state is saved when the steps of an epoch are done, before its evaluation: what fails there loses nothing, and a
-    resumed run begins with that evaluation. It is saved every ``save_interval`` steps as well, and when a signal,
-    Ctrl-C or ``max_time`` asks to stop.
+    resumed run begins with that evaluation. On a GPU an epoch that ends too soon after the last saving is left out, so
+    that no more than a tenth of the time goes by with it. It is saved every ``save_interval`` steps as well, when a
+    signal, Ctrl-C or ``max_time`` asks to stop, and at the end.
 
     Args:
         config: resolved, with the batch size as a number.
@@ -75,6 +79,7 @@ def train(
                 tracker.message(f"stopped early: {run.at.stale} evaluations without a better AP")
                 break
             run.epoch()
+        run.save()
     if run.unreadable:
         tracker.message(f"images that could not be read: {len(run.unreadable)}")
 
@@ -153,6 +158,7 @@ class _Run:
         self.unsaid: list[str] = []
         self.pending: _Taken | None = None
         self.saved = 0  # step of the newest state
+        self.saved_at, self.saving = time.perf_counter(), 0.0  # when that was, and how long it took
         self.asked: Callable[[], Reason] = lambda: Reason.NONE
         _seed(config.seed + self.rank)  # dropout differs between processes
         if config.resume:
@@ -205,13 +211,18 @@ class _Run:
             raise
         except MemoryError as error:
             raise self.out_of_memory() from error
-        self.save()
+        if self.due():
+            self.save()
         found = None
         if (at.epoch + 1) % config.val_interval == 0 or at.epoch + 1 == config.epochs:
-            with self.averaged():
-                found = engine.evaluate(
-                    self.model, self.val_loader, self.val_set, self.leave_evaluation, config.precision
-                )
+            try:
+                with self.averaged():
+                    found = engine.evaluate(
+                        self.model, self.val_loader, self.val_set, self.leave_evaluation, config.precision
+                    )
+            except Interrupted:
+                self.save()
+                raise
             self.unsaid += [f"{s}; evaluated as if nothing were found" for s in found.skipped] if found else []
         self.tell_unreadable()
         metrics = _metrics({name: total / max(at.counted, 1) for name, total in self.totals.items()}, found)
@@ -224,7 +235,13 @@ class _Run:
         at.best, at.stale = distributed.broadcast((at.best, at.stale))
         self.tracker.epoch(at.epoch, metrics)
         if at.epoch < given(config.epochs):
-            self.stop_if_asked(save=False)
+            self.stop_if_asked()
+
+    def due(self) -> bool:
+        """Whether the end of an epoch's steps is to be saved; the same for every process."""
+        apart = time.perf_counter() - self.saved_at >= SAVINGS_APART * self.saving
+        last = self.at.epoch + 1 == self.config.epochs
+        return distributed.broadcast(apart or last or self.device.type not in SHORT_EPOCHS)
 
     def steps_of_epoch(self) -> None:
         """Take each step, and save on the way; returns when all results are in."""
@@ -239,7 +256,7 @@ class _Run:
             self.step(group, start, last)
             if config.save_interval and at.step % config.save_interval == 0 and not last:
                 self.save()
-            self.stop_if_asked(save=True)
+            self.stop_if_asked()
             group, start = [], time.perf_counter()
         self.settle()
 
@@ -334,19 +351,18 @@ class _Run:
                 self.unreadable[sentence] = None
         self.unsaid = []
 
-    def stop_if_asked(self, save: bool) -> None:
-        """Leave, all processes together, if any was asked to; after an evaluation nothing is to save."""
+    def stop_if_asked(self) -> None:
+        """Leave, all processes together, if any was asked to."""
         reason = Reason(distributed.maximum(self.asked())[0])
         if not reason:
             return
-        if save:
-            self.save()
+        self.save()
         self.tell_unreadable()
         distributed.barrier()  # the first process has saved
         raise self.interrupted(reason)
 
     def leave_evaluation(self) -> None:
-        """Leave at once if asked to: the state was saved before. Several processes end the evaluation first."""
+        """Leave at once if asked to. Several processes end the evaluation first."""
         if self.world == 1 and (reason := self.asked()):
             raise self.interrupted(reason)
 
@@ -371,7 +387,7 @@ class _Run:
         self.settle()
         if self.saved == self.at.step:
             return
-        self.saved = self.at.step
+        self.saved, start = self.at.step, time.perf_counter()
         states = distributed.gather_objects(_random_state(self.device))
         if self.rank != 0:
             return
@@ -389,6 +405,8 @@ class _Run:
         }
         run_folder.save_state(self.folder, self.at.step, state, self.config.keep)
         self.save_weights(checkpoint.MODEL_LAST, {})
+        self.saved_at = time.perf_counter()
+        self.saving = self.saved_at - start
 
     def restore(self) -> None:
         """Take up the newest whole state of the run folder; settings stay those of the configuration."""
