@@ -9,7 +9,7 @@ from rich.table import Table
 from rcnn import console, detector, distributed, engine
 from rcnn.config import LoaderConfig
 from rcnn.data import open_dataset
-from rcnn.files import write_json
+from rcnn.files import check_target, write_json
 
 PROG = "rcnn evaluate"
 
@@ -40,6 +40,11 @@ def _evaluate(options: Any) -> None:
     device = distributed.init(engine.choose_device(options.device))
     try:
         model = detector.load(options.checkpoint, device)
+        checkpoint = Path(options.checkpoint)
+        folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+        out = Path(options.out) if options.out else folder / f"evaluation_{options.split}.json"
+        if not distributed.rank():
+            check_target(out)
         dataset = open_dataset(
             options.data, options.split, classes=model.classes, one_based=options.one_based, strict=options.strict
         )
@@ -49,9 +54,6 @@ def _evaluate(options: Any) -> None:
         distributed.shutdown()
     if found is None:
         return
-    checkpoint = Path(options.checkpoint)
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    out = Path(options.out) if options.out else folder / f"evaluation_{options.split}.json"
     content = {
         "checkpoint": options.checkpoint,
         "data": options.data,

@@ -14,7 +14,7 @@ import yaml
 from rich.table import Table
 
 from rcnn import console, run_folder
-from rcnn.files import write_json
+from rcnn.files import check_target, write_json
 from rcnn.tracking import RESULTS
 
 PROG = "rcnn summary"
@@ -131,6 +131,8 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def _summarise(words: Sequence[str], out: str) -> None:
+    if out:
+        check_target(out)
     runs, cautions = [], []
     for folder in _folders(words):
         try:

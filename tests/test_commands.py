@@ -179,6 +179,15 @@ def test_evaluate_writes_both_kinds_of_ap(run, data, capsys):
     assert content["coco"]["AP"] == pytest.approx(best, abs=1e-12), "evaluate must repeat what training measured"
 
 
+def test_a_file_that_cannot_be_written_is_told_before_the_work(run, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rcnn.engine.evaluate", lambda *_, **__: pytest.fail("evaluated first"))
+    evaluate = ["evaluate", *CPU, "--checkpoint", run, "--data", data, "--out"]
+    for command in (evaluate, ["summary", run, "--out"]):
+        assert f"{tmp_path}: Is a directory" in fails(capsys, 1, *command, tmp_path)
+        assert "No such file or directory" in fails(capsys, 1, *command, tmp_path / "none" / "x.json")
+    assert not list(tmp_path.iterdir())
+
+
 def test_predict_takes_files_folders_and_globs(run, data, tmp_path, capsys):
     pictures = sorted((data / "VOC2007" / "JPEGImages").glob("*.jpg"))[:3]
     folder = tmp_path / "pictures"
