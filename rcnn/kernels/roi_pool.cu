@@ -5,7 +5,8 @@
 // roi_pool_sort      grid B, block SORT: the regions of each image, see regions.cuh.
 // roi_pool_backward  grid (tiles of all images, slices of channels), block LANES: a block owns TILE x TILE cells of
 //                    LANES channels in shared memory; a thread owns one channel, and adds to it what the bins that
-//                    overlap the tile send there, bin after bin.
+//                    overlap the tile send there, bin after bin. Of a region those are some rows and columns of bins,
+//                    so that a sum over the regions tells which bin comes at which place.
 //
 // Layouts: maps (B, C, H, W) and outputs (R, C, oh, ow), all of them channels-last (last = 1) or all contiguous.
 // regions (R, 5) float32: image, x1, y1, x2, y2. A region that names no image or is not finite gives zeros and
@@ -154,6 +155,33 @@ extern "C" __global__ void __launch_bounds__(SORT, 1)
     });
 }
 
+// Bins of an axis that overlap the TILE cells from `edge` on, the end excluded: both borders of bins rise.
+__device__ __forceinline__ int2 bins_over(const Axis& axis, int bins, int edge) {
+    int first = 0;
+    while (first < bins && cells_of(axis, first).y <= edge) first++;
+    int end = first;
+    while (end < bins && cells_of(axis, end).x < edge + TILE) end++;
+    return make_int2(first, end);
+}
+
+// Sum of the values of the threads with a lower index, and of all LANES threads. To be called by all.
+__device__ __forceinline__ int sum_before(int value, int (&sums)[LANES / 32], int& total) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int upto = value;
+    for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_up_sync(0xffffffffu, upto, step);
+        if (lane >= step) upto += other;
+    }
+    if (lane == 31) sums[warp] = upto;
+    __syncthreads();
+    total = 0;
+    for (int i = 0; i < LANES / 32; i++) {
+        if (i < warp) upto += sums[i];
+        total += sums[i];
+    }
+    return upto - value;
+}
+
 extern "C" __global__ void __launch_bounds__(LANES)
     roi_pool_backward(scalar* __restrict__ map, const float* __restrict__ regions, const scalar* __restrict__ grad,
                       const int* __restrict__ argmax, const int* __restrict__ order, const int4* __restrict__ cells,
@@ -162,6 +190,8 @@ extern "C" __global__ void __launch_bounds__(LANES)
     constexpr int STRIDE = LANES + 1;  // so that a row of cells of one channel lies in different banks
     __shared__ float sums[TILE * TILE * STRIDE];
     __shared__ int list[LANES], bins_here[LANES], warps[LANES / 32];
+    // Of each region in the list: the place of its first bin that overlaps the tile, that bin, and how many of a row do.
+    __shared__ int places[LANES], corners[LANES], widths[LANES];
     const int across = (width + TILE - 1) / TILE, down = (height + TILE - 1) / TILE;
     const int image = blockIdx.x / (down * across);
     const int top = static_cast<int>(blockIdx.x) / across % down * TILE, left = blockIdx.x % across * TILE;
@@ -173,16 +203,33 @@ extern "C" __global__ void __launch_bounds__(LANES)
     const int end = offsets[image + 1];
     for (int first = offsets[image]; first < end; first += LANES) {
         const int found = find_regions<LANES, TILE>(order, cells, first, end, top, left, list, warps);
-        for (int start = 0; start < found * bins; start += LANES) {
-            // A bin for each thread: does it overlap the tile?
-            const int i = start + lane, number = i < found * bins ? list[i / bins] : 0, bin = i % bins;
-            const Region region = region_of(regions + 5 * number, scale, batch, height, width, bins_y, bins_x);
-            const int2 rows = cells_of(region.y, bin / bins_x), columns = cells_of(region.x, bin % bins_x);
-            const bool overlaps = i < found * bins && rows.x < rows.y && columns.x < columns.y &&
-                                  rows.x < top + TILE && rows.y > top && columns.x < left + TILE && columns.y > left;
-            int count;
-            const int place = rank_in_block(overlaps, warps, count);
-            if (overlaps) bins_here[place] = number * (channels * bins) + bin * (last ? channels : 1);
+        int overlapping = 0, total;
+        if (lane < found) {
+            const Region region = region_of(regions + 5 * list[lane], scale, batch, height, width, bins_y, bins_x);
+            const int2 rows = bins_over(region.y, bins_y, top), columns = bins_over(region.x, bins_x, left);
+            overlapping = (rows.y - rows.x) * (columns.y - columns.x);
+            corners[lane] = rows.x * bins_x + columns.x;
+            widths[lane] = columns.y - columns.x;
+        }
+        places[lane] = sum_before(overlapping, warps, total);
+        __syncthreads();
+        for (int start = 0; start < total; start += LANES) {
+            const int count = min(LANES, total - start), place = start + lane;
+            if (lane < count) {
+                // The last region that begins here or before: those without a bin begin where the next one does.
+                int low = 0, high = found;
+                while (high - low > 1) {
+                    const int middle = (low + high) / 2;
+                    if (places[middle] <= place) {
+                        low = middle;
+                    } else {
+                        high = middle;
+                    }
+                }
+                const int i = place - places[low], row = i / widths[low];
+                const int bin = corners[low] + row * bins_x + i - row * widths[low];
+                bins_here[lane] = list[low] * (channels * bins) + bin * (last ? channels : 1);
+            }
             __syncthreads();
             for (int k = 0; k < count && active; k += UNROLL) {
                 // The loads of several bins are under way at once.
