@@ -10,6 +10,7 @@ from rcnn.boxes import iou
 from rcnn.config import RECIPES, ModelConfig, RoIConfig, RPNConfig
 from rcnn.detector import build
 from rcnn.models.losses import BETA, roi_losses, rpn_losses
+from rcnn.models.rpn import RPNHead
 from rcnn.optim import make_optimizer
 from rcnn.structures import AnchorSamples, Samples, Targets
 
@@ -230,3 +231,13 @@ def test_bad_arguments_are_named(tmp_path):
         build(ModelConfig(rpn=RPNConfig(anchor_sizes=[[32.0]])), ["a"])
     with pytest.raises(ValueError, match="model.roi.low_threshold must not exceed"):
         build(ModelConfig(roi=RoIConfig(low_threshold=0.9)), ["a"])
+
+
+@pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format])
+def test_gradients_of_the_rpn_lie_as_their_parameters_do(order: torch.memory_format) -> None:
+    """DDP warns of any other, and copies them."""
+    head = RPNHead(16, 16, 3).to(memory_format=order)
+    objectness, deltas = head([torch.randn(2, 16, 5, 7).to(memory_format=order)])
+    (objectness.sum() + deltas.sum()).backward()
+    for name, parameter in head.named_parameters():
+        assert parameter.grad is not None and parameter.grad.stride() == parameter.stride(), name

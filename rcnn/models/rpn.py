@@ -42,7 +42,9 @@ class RPNHead(nn.Module):
             ``(B, N)`` logits and ``(B, N, 4)`` deltas, ordered as :func:`rcnn.kernels.anchors`: level, y, x, anchor.
         """
         conv = self.conv[0][0]  # type: ignore[index]
-        weight = torch.cat((self.cls_logits.weight, self.bbox_pred.weight)).flatten(1)
+        # Flat in the order that they have in memory: their gradients then have it, too, which DDP asks for.
+        order = (0, 2, 3, 1) if conv.weight.is_contiguous(memory_format=torch.channels_last) else (0, 1, 2, 3)
+        weight = torch.cat([each.weight.permute(order).flatten(1) for each in (self.cls_logits, self.bbox_pred)])
         bias = torch.cat((self.cls_logits.bias, self.bbox_pred.bias))  # type: ignore[arg-type]
         # One product for both, with rows of zeros up to the multiple of 8 that tensor cores take.
         missing = -len(bias) % 8
