@@ -35,7 +35,7 @@ def rows(device: torch.device) -> list[dict[str, Any]]:
                     start = time.perf_counter()
                     if device.type == "cuda":
                         index = torch.cuda.current_device() if device.index is None else device.index
-                        _launch.load.__wrapped__(source, dtype, index)
+                        _launch._load.__wrapped__(source, dtype, index)
                     else:
                         _launch._compiled(source, dtype, ARCH, anew=False)
                     seconds = time.perf_counter() - start

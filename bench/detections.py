@@ -124,4 +124,5 @@ def _apart(logits: Tensor, threshold: float) -> Tensor:
     raised = (logarithms - places).cummax(dim=0).values + places
     scores[:, 1:][candidates] = torch.empty_like(raised).scatter_(0, order, raised).exp()
     scores[:, 0] = 1 - scores[:, 1:].sum(dim=1)
+    assert (scores[:, 0] > 0).all(), "too many candidates in a row to be set apart"
     return scores.log().float()

@@ -23,6 +23,7 @@ from rcnn.data.dataset import DetectionDataset
 from rcnn.data.loader import DIVISOR, Loader, make_loader
 from rcnn.metrics.coco import coco_ap
 from rcnn.metrics.voc import voc_ap
+from rcnn.models import convolution
 from rcnn.models.faster_rcnn import FasterRCNN
 from rcnn.optim import make_optimizer
 from rcnn.precision import LossScaler, computing
@@ -247,6 +248,7 @@ def find_batch_size(model: FasterRCNN, config: OptimConfig, most: int, precision
     with torch.random.fork_rng(devices=[device]):
         size = largest_batch(fits, most)
     torch.cuda.empty_cache()
+    convolution.refused.clear()
     if not size:
         raise ValueError(f"not even one image of {long} x {short} pixels fits on {device}; lower model.max_size")
     return size

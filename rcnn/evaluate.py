@@ -43,8 +43,7 @@ def _evaluate(options: Any) -> None:
         checkpoint = Path(options.checkpoint)
         folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
         out = Path(options.out) if options.out else folder / f"evaluation_{options.split}.json"
-        if not distributed.rank():
-            check_target(out)
+        _check(out)
         dataset = open_dataset(
             options.data, options.split, classes=model.classes, one_based=options.one_based, strict=options.strict
         )
@@ -73,6 +72,19 @@ def _evaluate(options: Any) -> None:
     table.add_row(*(f"{found.coco[name]:.3f}" if found.coco[name] >= 0 else "-" for name in _COCO))
     console.show(table)
     print(f"written: {out}")
+
+
+def _check(out: Path) -> None:
+    """Tell of a place that cannot be written before the work, on all processes."""
+    problem = None
+    if not distributed.rank():
+        try:
+            check_target(out)
+        except OSError as error:
+            problem = error
+    problem = distributed.broadcast(problem)
+    if problem is not None:
+        raise problem
 
 
 if __name__ == "__main__":

@@ -115,15 +115,16 @@ class Tracker:
     """Writes down the steps and epochs of one run, and shows them.
 
     On a terminal there is a progress bar with the latest values under it, elsewhere one plain line for each call of
-    :meth:`step` that brings losses. Nothing is opened before the first step or epoch: ``epochs``, ``total_steps`` and
-    ``resume_step`` may be set until then.
+    :meth:`step` that brings losses. Nothing is opened before the first step or epoch: ``epochs``, ``total_steps``,
+    ``resume_step`` and ``resume_evaluated`` may be set until then.
 
     Args:
         run_dir: the run folder; made if need be. None: a process that neither writes nor shows anything.
         total_steps: optimiser steps of the whole run; 0: not known.
         epochs: of the whole run; 0: not known.
         resume_step: steps that the run being continued had finished; what the folder's files hold beyond it is dropped,
-            so that nothing is there twice. 0 begins anew.
+            so that nothing is there twice. 0 begins anew. The row of an epoch that ends there goes, too, unless
+            ``resume_evaluated`` is set: a state is saved before its evaluation, as a rule, and that is made again.
         console: where to show; None: standard output.
     """
 
@@ -138,6 +139,7 @@ class Tracker:
     ) -> None:
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.epochs, self.total_steps, self.resume_step = epochs, total_steps, resume_step
+        self.resume_evaluated = False
         self._console = console or Console()
         self._jsonl: IO[str] | None = None
         self._events: Events | None = None
@@ -287,14 +289,13 @@ class Tracker:
             self._bar.start()
 
     def _keep_until(self, folder: Path, step: int) -> None:
-        # A run that was killed may have torn its last line: what does not parse goes, too. An epoch's row at the step
-        # itself goes as well: the state is saved before the evaluation, which the resumed run makes again.
+        # A run that was killed may have torn its last line: what does not parse goes, too.
         lines = []
         if step and (folder / METRICS).is_file():
             for line in (folder / METRICS).read_text("utf-8", errors="replace").splitlines():
                 try:
                     row = json.loads(line)
-                    kept = row["step"] < step + (row["kind"] == "step")
+                    kept = row["step"] < step + (row["kind"] == "step" or self.resume_evaluated)
                 except (ValueError, KeyError, TypeError):
                     kept = False
                 if kept:
@@ -303,7 +304,7 @@ class Tracker:
         if step and (folder / RESULTS).is_file():
             text = (folder / RESULTS).read_text("utf-8", errors="replace")
             for row in csv.DictReader(io.StringIO(text)):
-                if (row.get("step") or "").isdigit() and int(row["step"]) < step:
+                if (row.get("step") or "").isdigit() and int(row["step"]) < step + self.resume_evaluated:
                     self._rows.append({name: value for name, value in row.items() if value})
                     self._before = _number(row.get("seconds"))
         write_text(folder / METRICS, "".join(lines))

@@ -54,8 +54,8 @@ def train(
 
     The state is saved when the steps of an epoch are done, before its evaluation: what fails there loses nothing, and a
     resumed run begins with that evaluation. On a GPU an epoch that ends too soon after the last saving is left out, so
-    that no more than a tenth of the time goes by with it. It is saved every ``save_interval`` steps as well, when a
-    signal, Ctrl-C or ``max_time`` asks to stop, and at the end.
+    that no more than a tenth of the time goes by with it: what fails then loses that tenfold of a saving's time. It is
+    saved every ``save_interval`` steps as well, when a signal, Ctrl-C or ``max_time`` asks to stop, and at the end.
 
     Args:
         config: resolved, with the batch size as a number.
@@ -186,6 +186,7 @@ class _Run:
         if config.cuda_graph and self.graph_allowed():
             self.take = GraphedStep(self.one_step.on_device, self.optimizer, self.device, tracker.message)
         tracker.epochs, tracker.total_steps, tracker.resume_step = given(config.epochs), self.steps, self.at.step
+        tracker.resume_evaluated = self.at.step > 0 and self.at.batch == 0  # a state from after an evaluation
 
     def graph_allowed(self) -> bool:
         """Whether the step may be recorded at all; says why not."""

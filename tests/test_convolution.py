@@ -96,7 +96,7 @@ def test_what_cudnn_refuses_is_computed_in_parts_from_then_on(monkeypatch: pytes
         is_cuda = True
 
     monkeypatch.setattr(convolution, "_forward", refuse)
-    monkeypatch.setattr(convolution, "_refused", refused := set())
+    monkeypatch.setattr(convolution, "refused", refused := set())
     (x, weight, bias), stride, padding = inputs(CASES[0], torch.bfloat16, "cpu")
     for _ in range(2):
         found = conv_relu(x.as_subclass(OnGpu), weight, bias, stride, padding)
@@ -109,7 +109,7 @@ def test_what_cudnn_refuses_is_computed_in_parts_from_then_on(monkeypatch: pytes
 @pytest.mark.parametrize("case", CASES)
 def test_cudnn_gives_the_values_of_the_parts(case: tuple, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, stride, padding = inputs(case, dtype, "cuda")
-    monkeypatch.setattr(convolution, "_refused", refused := set())
+    monkeypatch.setattr(convolution, "refused", refused := set())
     x, weight, bias, *rest = tensors
     residual = rest[0] if rest else None
     found = conv_relu(x, weight, bias, stride, padding, residual)

@@ -109,12 +109,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[types.Simpl
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: fake.capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=4000 + index))
-    for cached in (_launch.load, _launch._say_once, _launch._memory):
+    for cached in (_launch._load, _launch._say_once, _launch._memory):
         cached.cache_clear()
     monkeypatch.setattr(_launch, "_packed", _launch._Packed())
     _Device.entered.clear()
     yield fake
-    for cached in (_launch.load, _launch._say_once, _launch._memory):
+    for cached in (_launch._load, _launch._say_once, _launch._memory):
         cached.cache_clear()
 
 

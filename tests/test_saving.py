@@ -1,5 +1,7 @@
 """When the state of a run is saved where epochs are short: on a GPU; here a CPU is taken for one."""
 
+import csv
+import json
 from contextlib import contextmanager
 
 import pytest
@@ -45,6 +47,16 @@ def run(data, out, *words):
     return 0
 
 
+def epochs(folder):
+    """Of the epochs' rows in both files."""
+    results, metrics = folder / "results.csv", folder / "metrics.jsonl"
+    if not results.exists():
+        return [], []
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    table = csv.DictReader(results.read_text().splitlines())
+    return [int(row["epoch"]) for row in table], [row["epoch"] for row in rows if row["kind"] == "epoch"]
+
+
 def test_short_epochs_are_left_out_but_for_the_first_and_the_last(data, tmp_path, saved):
     assert not run(data, tmp_path / "run")
     assert saved == [3, 12]
@@ -74,6 +86,25 @@ def test_a_run_that_ends_early_is_saved(data, tmp_path, saved, monkeypatch):
     monkeypatch.setattr(engine, "evaluate", worse)
     assert not run(data, tmp_path / "run", "--val_interval", "1", "--patience", "1")
     assert saved == [3, 6]
+    rows = epochs(tmp_path / "run")
+    assert rows == ([1, 2], [1, 2])
+    # Nothing is left to do, and what was done stays: the state is from after the last evaluation.
+    assert not run(data, tmp_path / "run", "--resume", "true")
+    assert epochs(tmp_path / "run") == rows
+
+
+def test_a_run_that_is_stopped_between_epochs_keeps_their_rows(data, tmp_path, saved, monkeypatch):
+    with monkeypatch.context() as patch:
+
+        @contextmanager
+        def requests(_):
+            yield lambda: Reason.PREEMPTED if len(epochs(tmp_path / "run")[1]) == 2 else Reason.NONE
+
+        patch.setattr(stopping, "requests", requests)
+        assert run(data, tmp_path / "run") == 75
+    assert saved == [3, 6]
+    assert not run(data, tmp_path / "run", "--resume", "true")
+    assert epochs(tmp_path / "run") == ([1, 2, 3, 4], [1, 2, 3, 4])
 
 
 @pytest.mark.parametrize("ema", ["0", "0.9"])
@@ -97,5 +128,4 @@ def test_a_run_that_is_stopped_in_an_evaluation_is_saved_and_makes_it_again(data
     assert not run(data, tmp_path / "stopped", "--resume", "true")
     whole, stopped = (load_file(tmp_path / name / "model_last.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
-    tables = [(tmp_path / name / "results.csv").read_text().splitlines() for name in ("whole", "stopped")]
-    assert [row.split(",")[0] for row in tables[1]] == [row.split(",")[0] for row in tables[0]]
+    assert epochs(tmp_path / "stopped") == epochs(tmp_path / "whole") == ([1, 2, 3, 4], [1, 2, 3, 4])

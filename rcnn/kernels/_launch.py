@@ -131,7 +131,8 @@ def launch(
 
     Raises:
         ValueError: the arguments cannot be those of a kernel; :func:`check` says which.
-        KernelError: CuPy, NVRTC, the GPU or the cache fails.
+        KernelError: CuPy, NVRTC or the cache fails, or the GPU is none that NVRTC knows. What the driver says of a
+            launch is CuPy's error.
     """
     blocks, threads = check(source, grid, block, args)
     if 0 in blocks:
@@ -228,7 +229,6 @@ class _Loaded:
     shared: int = SHARED_LIMIT
 
 
-@cache
 def load(source: CudaSource, dtype: torch.dtype | None, index: int) -> dict[str, _Loaded]:
     """Compile, or find compiled, and load all kernels of a source on a device.
 
@@ -243,8 +243,14 @@ def load(source: CudaSource, dtype: torch.dtype | None, index: int) -> dict[str,
     Raises:
         KernelError: CuPy, NVRTC, the GPU or the cache fails.
     """
+    with _lock:  # else two threads would load a module each, and one be dropped under its kernel
+        return _load(source, dtype, index)
+
+
+@cache
+def _load(source: CudaSource, dtype: torch.dtype | None, index: int) -> dict[str, _Loaded]:
     cupy = _cupy()
-    with _lock, cupy.cuda.Device(index):
+    with cupy.cuda.Device(index):
         arch = target(torch.cuda.get_device_capability(index), torch.cuda.get_device_name(index))
         for attempt in ("kept", "new"):
             path = _compiled(source, dtype, arch, anew=attempt == "new")

@@ -9,8 +9,9 @@ from torch.autograd.function import once_differentiable
 
 #: Storage types for which cuDNN has such kernels; for float32 it has them in TF32 only.
 _FUSED = (torch.bfloat16, torch.float16)
-#: Convolutions that it refused, by GPU, type and geometry.
-_refused: set[tuple[Any, ...]] = set()
+#: Convolutions that it refused, by GPU, type and geometry. Whoever tries out how much memory there is clears it: a
+#: refusal for want of workspace looks like any other.
+refused: set[tuple[Any, ...]] = set()
 
 
 def conv_relu(
@@ -24,6 +25,7 @@ def conv_relu(
     """``relu(conv2d(x, weight, bias) + residual)``.
 
     On a GPU in 16 bits and channels-last cuDNN adds and clips as it writes; torch would go over the result for each.
+    Not so under torch.compile, and where only deterministic algorithms are allowed.
 
     Args:
         x: ``(B, C, H, W)`` float.
@@ -38,7 +40,8 @@ def conv_relu(
     """
     dtype = _computed(x)
     key = x.get_device(), dtype, weight.shape, stride, padding, residual is None
-    if _fits(x, x) and key not in _refused:
+    fused = _fits(x, x) and key not in refused
+    if fused:
         added = None if residual is None else residual.to(dtype)
         try:
             result: Tensor = _ConvReLU.apply(x.to(dtype), weight.to(dtype), bias.to(dtype), added, stride, padding)
@@ -46,8 +49,10 @@ def conv_relu(
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError:
-            _refused.add(key)
+            pass
     out = F.conv2d(x, weight, bias, stride, padding)
+    if fused:
+        refused.add(key)  # and not what is wrong in itself, which has raised by now
     return F.relu_(out if residual is None else out.add_(residual))
 
 
@@ -59,7 +64,9 @@ def _computed(x: Tensor) -> torch.dtype:
 def _fits(x: Tensor, ordered: Tensor) -> bool:
     """Whether a convolution of ``x`` is one for cuDNN's fused kernels; ``ordered`` tells the order that maps have."""
     quick = x.is_cuda and _computed(x) in _FUSED and ordered.is_contiguous(memory_format=torch.channels_last)
-    return quick and not torch.compiler.is_compiling()
+    # torch passes neither of these on to the fused kernels; torch.compile fuses in its own way.
+    exact = torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
+    return quick and not exact and torch.backends.cudnn.enabled and not torch.compiler.is_compiling()
 
 
 def stem_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
