@@ -120,12 +120,16 @@ def test_cudnn_gives_the_values_of_the_parts(case: tuple, dtype: torch.dtype, mo
     eps = torch.finfo(dtype).eps
     assert (found - expected).norm() <= eps * expected.norm()  # float32 sums, rounded once
     grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
-    # ReLU's corner: a value that one rounds to 0 and the other does not has a gradient in one only.
-    grad = torch.where(expected.abs() < 0.05, 0, grad)
+    # ReLU's corner: a sum near 0, whose sign depends on the order of its terms, has a gradient in one only.
+    sizes = [tensor.abs() for tensor in exact]
+    terms = weight[0].numel() + 2
+    near = terms * torch.finfo(torch.float32).eps * plain(*sizes[:3], sizes[3] if rest else None, stride, padding)
+    before = F.conv2d(*exact[:3], stride, padding) + (exact[3] if rest else 0)
+    grad = torch.where(before.abs() <= near, 0, grad)
     for one, other in zip(
         torch.autograd.grad(found, tensors, grad), torch.autograd.grad(expected, exact, grad.double()), strict=True
     ):
-        assert (one - other).norm() <= 2 * eps * other.norm()
+        assert (one - other).norm() <= 2 * eps * other.norm()  # rounded once, and once more where a sum is split
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN needs a GPU")
