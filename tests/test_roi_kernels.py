@@ -51,7 +51,7 @@ def both(op: Callable[..., Tensor], maps: Sequence[Tensor], grad_seed: int = 0) 
     """Output of an op and gradients of its maps, for a gradient of whole numbers, and that gradient."""
     leaves = [x.detach().requires_grad_() for x in maps]
     output = op(*leaves)
-    grad = whole_numbers(output.shape, grad_seed).to(output)
+    grad = torch.empty_like(output).copy_(whole_numbers(output.shape, grad_seed))  # laid out like the output
     return [output, *torch.autograd.grad(output, leaves, grad)], grad
 
 
@@ -96,13 +96,36 @@ def test_all_levels(channels: int, dtype: torch.dtype, layout: torch.memory_form
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels", [1, 3, 8, 128, 131])
+@pytest.mark.parametrize("channels", [1, 3, 8, 16, 17, 64, 131])
 def test_pool(channels: int, dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> None:
     for side in ((1, 1), (TILE - 1, TILE), (TILE + 1, 2 * TILE + 1)):
         maps = whole_numbers((2, channels, *side), seed=1).to(dtype).to(memory_format=layout)
         rois = exact_regions(24, 2, 2 * side[1], seed=channels)
         rois[5, 2], rois[7, 4] = math.nan, math.inf
         assert_equal(lambda where, rois=rois: lambda x: roi_pool(x, rois.to(where), (7, 3), 0.5), [maps], device)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("size", "channels"), [((14, 14), 40), ((32, 31), 4), ((32, 32), 4), ((32, 33), 4), ((64, 64), 3), ((65, 64), 3)]
+)
+def test_pools_of_any_size(
+    size: tuple[int, int], channels: int, layout: torch.memory_format, device: torch.device
+) -> None:
+    """Outputs that fill what a block collects, by packs and by channels, and that do not fit; more bins on a tile than
+    are listed at once, all of them sending to one cell."""
+    maps = whole_numbers((2, channels, TILE, TILE + 1), seed=1).to(memory_format=layout)
+    rois = torch.cat((exact_regions(3, 2, 2 * TILE, seed=2), torch.tensor([[1.0, 3, 3, 3, 3]])))
+    assert_equal(lambda where: lambda x: roi_pool(x, rois.to(where), size, 0.5), [maps], device)
+
+
+@pytest.mark.parametrize("channels", [31, 32, 33])
+@pytest.mark.parametrize("side", [(1, 31), (4, 8), (3, 11), (5, 13)])
+def test_pool_turns_maps(side: tuple[int, int], channels: int, device: torch.device) -> None:
+    """Planes on either side of a square of 32 channels and 32 cells."""
+    maps = whole_numbers((3, channels, *side), seed=1)
+    rois = exact_regions(10, 3, 2 * max(side), seed=2)
+    assert_equal(lambda where: lambda x: roi_pool(x, rois.to(where), (3, 2), 0.5), [maps], device)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -270,9 +293,11 @@ def test_launches_and_no_waiting(device: torch.device, emulator: Emulator) -> No
     emulator.launches.clear()
     with NoWaiting():
         both(lambda *x: multiscale_roi_align(x, rois, 2, (0.5, 0.25, 0.125), 2), maps)
+        both(lambda x: roi_pool(x, rois, 2), [maps[0].to(memory_format=LAST)])
         both(lambda x: roi_pool(x, rois, 2), maps[:1])
     assert emulator.launches == [f"roi_{op}" for op in ("align_forward", "align_sort", "align_backward")] + [
-        f"roi_{op}" for op in ("pool_forward", "pool_sort", "pool_backward")
+        *(f"roi_pool_{op}" for op in ("forward", "sort", "backward")),
+        *(f"roi_pool_{op}" for op in ("turn", "forward", "turn", "sort", "backward")),
     ]
 
 

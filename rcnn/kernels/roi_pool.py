@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from rcnn.kernels import _launch
 from rcnn.kernels.regions import (
-    BLOCKS,
     as_map,
     as_rois,
     as_table,
@@ -35,14 +34,22 @@ POOLED = 1 << 20
 GATHERED = 1 << 20
 #: Map values that may be gathered twice to save a round of calls, which takes about as long.
 SPARE = 1 << 18
+#: Blocks of the forward pass on a GPU, if there are regions and channels enough: several for each that run at once, so
+#: that those of large regions keep few others waiting.
+BLOCKS = 4096
+#: Bytes of a line of a GPU's cache: a block reads no fewer of a cell.
+LINE = 128
 
 SOURCE = _launch.CudaSource(
     "roi_pool",
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     THREADS=256,
     SORT=1024,
+    STAGE=4096,  # output values that a forward block collects
     TILE=8,  # cells on each side of the tile that a backward block owns
-    LANES=128,  # channels that it owns
+    LANES=16,  # channels that it owns: 32 bytes of 16-bit values, the least that memory gives
+    GROUPS=8,  # times so many threads, which share its bins
+    BINS=192,  # bins that it lists at once
     UNROLL=8,  # bins that a thread loads at once
 )
 
@@ -272,20 +279,29 @@ def _groups(key: Tensor, channels: int) -> Iterator[tuple[int, int, slice]]:
 def _forward_cuda(
     input: Tensor, rois: Tensor, size: tuple[int, int], spatial_scale: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Maxima and, if a gradient is needed, their cells, both ``(R, C, oh, ow)``; a cell is y * W + x, -1 for none."""
+    """Maxima ``(R, C, oh, ow)`` and, if a gradient is needed, their cells, channels-last; a cell is y * W + x, -1 for
+    none."""
     batch, channels, height, width = input.shape
-    layout = memory_format(channels_last(input))
-    input = input.contiguous(memory_format=layout)
-    shape = (len(rois), channels, *size)
-    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
-    cells = torch.empty_like(output, dtype=torch.int32) if needs_grad else None
-    parts = min(-(-BLOCKS // max(len(rois), 1)), -(-output[:1].numel() // SOURCE.constants["THREADS"]))
-    last = layout == torch.channels_last
-    numbers = (batch, channels, height, width, *size, last, last and packs(channels, input, output))
+    last = channels_last(input)
+    input = _channels_last(input)
+    shape, bins = (len(rois), channels, *size), size[0] * size[1]
+    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(last))
+    cells = None
+    if needs_grad:
+        cells = torch.empty(shape, dtype=torch.int32, device=input.device, memory_format=torch.channels_last)
+    vector = packs(channels, input, output)
+    pack = 16 // input.element_size() if vector else 1
+    # Channels of a block, in packs.
+    blocks = -(-BLOCKS // max(len(rois), 1))
+    each = max(-(-channels // (pack * blocks)), LINE // (pack * input.element_size()))
+    room = SOURCE.constants["STAGE"] // (bins * pack)
+    staged = not last and room > 0
+    each = pack * (min(each, room) if staged else each)
+    numbers = (batch, channels, height, width, *size, each, last, staged, vector)
     _launch.launch(
         SOURCE,
         "roi_pool_forward",
-        (len(rois), parts),
+        (len(rois), -(-channels // each)),
         SOURCE.constants["THREADS"],
         [
             *(input, rois.float().contiguous(), output, cells, np.float32(spatial_scale)),
@@ -300,9 +316,8 @@ def _backward_cuda(
     grad: Tensor, cells: Tensor, rois: Tensor, shape: Sequence[int], last: bool, spatial_scale: float
 ) -> Tensor:
     batch, channels, height, width = shape
-    layout = memory_format(last)
-    grad, rois = grad.contiguous(memory_format=layout), rois.float().contiguous()
-    output = torch.empty(tuple(shape), dtype=grad.dtype, device=grad.device, memory_format=layout)
+    grad, rois = _channels_last(grad), rois.float().contiguous()
+    output = torch.empty(tuple(shape), dtype=grad.dtype, device=grad.device, memory_format=memory_format(last))
     order, touched, offsets = sorted_regions(rois, batch)
     scale, size = np.float32(spatial_scale), (np.int32(grad.shape[2]), np.int32(grad.shape[3]))
     _launch.launch(
@@ -320,11 +335,29 @@ def _backward_cuda(
         SOURCE,
         "roi_pool_backward",
         (tiles(shape, SOURCE.constants["TILE"]), -(-channels // SOURCE.constants["LANES"])),
-        SOURCE.constants["LANES"],
+        SOURCE.constants["LANES"] * SOURCE.constants["GROUPS"],
         [
             *(output, rois, grad, cells, order, touched, offsets, scale),
             *(np.int32(batch), np.int32(channels), np.int32(height), np.int32(width), *size, np.int32(last)),
         ],
         dtype=grad.dtype,
+    )
+    return output
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """A map laid out channels-last: itself, or a copy."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    x = x.contiguous()
+    output = torch.empty_like(x, memory_format=torch.channels_last)
+    planes, rows, columns = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+    _launch.launch(
+        SOURCE,
+        "roi_pool_turn",
+        planes * -(-rows // 32) * -(-columns // 32),
+        SOURCE.constants["THREADS"],
+        [x, output, np.int32(rows), np.int32(columns)],
+        dtype=x.dtype,
     )
     return output
