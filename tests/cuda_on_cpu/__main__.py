@@ -3,7 +3,7 @@
 ``address`` builds the kernels with the address and undefined behaviour sanitizers; torch's tensors lie in memory that
 the preloaded library guards, so an access beyond a tensor is an error. ``races`` looks for data races by the rules of
 CUDA's barriers, in any order of threads, and is slow: without arguments, it leaves out the large cases and those that
-are there for the order.
+are there for the order. Without arguments, two processes share the tests.
 """
 
 import os
@@ -33,6 +33,7 @@ def main() -> None:
     if not arguments:
         arguments = [f"tests/test_{name}.py" for name in TESTS if not (races and name in SLOW)]
         arguments += ["-k", f"not ({' or '.join(LONG)})"] if races else []
+        arguments += ["-n", "2"]
     # A sanitizer writes its report to the file that is standard error, and ends the process: pytest must not hold that.
     options = ["-m", "emulated", "-q", "-p", "no:cacheprovider", "--capture=sys"]
     command = [sys.executable, "-m", "pytest", *options, *arguments]
