@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_convolution import plain
 from test_models import make_targets
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +21,9 @@ from rcnn.config import RECIPES, ModelConfig, Precision, RoIConfig, RPNConfig, T
 from rcnn.data.batch import Batch
 from rcnn.detector import build
 from rcnn.engine import TARGET, Step, StepResult
+from rcnn.models import convolution
 from rcnn.models.faster_rcnn import FasterRCNN
+from rcnn.models.resnet import Norm
 from rcnn.optim import make_optimizer
 from rcnn.precision import LossScaler
 from rcnn.structures import Targets
@@ -31,10 +34,13 @@ HEIGHT, WIDTH = 64, 96
 WAITING = {
     "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "nonzero_numpy", "argwhere", "masked_select",
     "masked_scatter", "bincount", "_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive",
+    "allclose", "histc",
 }  # fmt: skip
+#: Each model, and a ResNet whose norms are folded into its convolutions, as they are with published weights.
+MODELS = [*((name, None) for name in RECIPES), ("resnet50_fpn", "frozen")]
 #: What takes a value from the device to the host, and what takes one there through memory that is not pinned.
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__")
-WRITES = ((torch, "tensor"), (torch, "as_tensor"), (torch, "from_numpy"), (Tensor, "new_tensor"))
+WRITES = ((torch, "tensor"), (torch, "as_tensor"), (torch, "asarray"), (torch, "from_numpy"), (Tensor, "new_tensor"))
 
 
 class Waits(AssertionError):
@@ -88,7 +94,7 @@ def no_waiting() -> Iterator[None]:
         yield
 
 
-def model_of(name: str) -> FasterRCNN:
+def model_of(name: str, norm: Norm | None = None) -> FasterRCNN:
     """A model with every part, and few regions: an emulated thread takes its time."""
     torch.manual_seed(0)
     rpn = RPNConfig(
@@ -96,7 +102,7 @@ def model_of(name: str) -> FasterRCNN:
         batch_size_per_image=64,
     )  # fmt: skip
     roi = RoIConfig(batch_size_per_image=16, dropout=0.0)
-    config = ModelConfig(name=name, frozen_stages=0, min_size=HEIGHT, max_size=WIDTH, rpn=rpn, roi=roi)
+    config = ModelConfig(name=name, norm=norm, frozen_stages=0, min_size=HEIGHT, max_size=WIDTH, rpn=rpn, roi=roi)
     return build(config, ["a", "b"])
 
 
@@ -112,17 +118,19 @@ def place() -> torch.device:
 
 
 @pytest.fixture
-def kernels(request: pytest.FixtureRequest) -> torch.device:
-    """Where the kernels run: on a GPU, or else in the emulator."""
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where the kernels run: on a GPU, or else in the emulator, with the parts of a fused convolution in its place."""
     if not torch.cuda.is_available():
         request.getfixturevalue("emulator")
+        monkeypatch.setattr(convolution, "_fits", lambda x, ordered: True)
+        monkeypatch.setattr(convolution, "_forward", plain)
     return place()
 
 
 @pytest.mark.emulated
-@pytest.mark.parametrize("name", list(RECIPES))
-def test_detection_waits_for_nothing_before_it_is_unpadded(name: str, kernels: torch.device) -> None:
-    model = model_of(name).to(kernels).eval()
+@pytest.mark.parametrize(("name", "norm"), MODELS)
+def test_detection_waits_for_nothing_before_it_is_unpadded(name: str, norm: Norm | None, kernels: torch.device) -> None:
+    model = model_of(name, norm).to(kernels).eval()
     images, targets = batch()
     images, sizes = images.to(kernels), targets.image_sizes.to(kernels)
     for number in range(2):
@@ -165,11 +173,11 @@ def one_step(model: FasterRCNN, device: torch.device, precision: Precision = "fp
 
 
 @pytest.mark.emulated
-@pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize(("name", "norm"), MODELS)
 def test_a_step_waits_for_nothing_and_has_the_losses_and_gradients_of_the_cpu(
-    name: str, request: pytest.FixtureRequest
+    name: str, norm: Norm | None, request: pytest.FixtureRequest
 ) -> None:
-    model = model_of(name)
+    model = model_of(name, norm)
     expected, slopes = gradient(model)
     model.step.zero_()
     device = request.getfixturevalue("kernels")
@@ -236,7 +244,10 @@ def test_the_watch_sees_the_way_back() -> None:
         lambda x: torch.ones(3).repeat_interleave(x.long()),
         lambda x: x.new_tensor(1.0),
         lambda x: torch.tensor([1.0], device=x.device),
+        lambda x: torch.asarray([1.0], device=x.device),
         lambda x: torch.bincount(x.long()),
+        lambda x: torch.allclose(x, x),
+        lambda x: torch.histc(x),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch watches")
