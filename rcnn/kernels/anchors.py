@@ -2,13 +2,14 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from numbers import Real
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rcnn.kernels import _launch
-from rcnn.kernels.checks import check_positive, check_tensors, check_whole
+from rcnn.kernels.checks import check_positive, check_sequence, check_tensors, check_whole
 
 #: Anchor grids kept for re-use; a batch of another size than the last ones makes its own.
 _CACHED = 16
@@ -33,13 +34,15 @@ def cell_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tens
         ``(len(aspect_ratios) * len(sizes), 4)`` float32, pixels.
 
     Raises:
+        TypeError: an argument is no sequence.
         ValueError: a sequence is empty or holds a number that is not positive.
 
     Source:
         torchvision, ``AnchorGenerator.generate_anchors``.
     """
     for name, values in (("sizes", sizes), ("aspect_ratios", aspect_ratios)):
-        if len(values) == 0 or not all(0 < value < float("inf") for value in values):
+        check_sequence(name, values)
+        if len(values) == 0 or not all(isinstance(value, Real) and 0 < value < float("inf") for value in values):
             raise ValueError(f"{name} must be one or more positive numbers, got {tuple(values)}")
     scales = torch.tensor(list(sizes), dtype=torch.float32)
     height_ratios = torch.tensor(list(aspect_ratios), dtype=torch.float32).sqrt()
@@ -76,11 +79,20 @@ def anchors(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[
         raise ValueError(
             f"cells must be float32 of shape (L, A, 4) with L at least 1, got {cells.dtype} of {tuple(cells.shape)}"
         )
+    check_sequence("shapes", shapes)
+    check_sequence("strides", strides)
     if len(shapes) != len(cells) or len(strides) != len(cells):
         raise ValueError(
             f"shapes and strides must have one entry for each of {len(cells)} levels, "
             f"got {len(shapes)} shapes and {len(strides)} strides"
         )
+    for level, (shape, stride) in enumerate(zip(shapes, strides, strict=True)):
+        check_sequence(f"shapes[{level}]", shape)
+        if len(shape) != 2:
+            raise ValueError(f"shapes[{level}] must be a height and a width, got {shape}")
+        for side in shape:
+            check_whole(f"shapes[{level}]", side, 0)
+        check_positive(f"strides[{level}]", stride)
     if cells.is_inference():  # such a tensor does not tell that it was changed
         return _made(cells, shapes, strides)
     key = id(cells), cells._version, tuple(map(tuple, shapes)), tuple(strides)
@@ -103,12 +115,6 @@ def kept() -> list[Tensor]:
 
 
 def _made(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[float]) -> Tensor:
-    for level, (shape, stride) in enumerate(zip(shapes, strides, strict=True)):
-        if len(shape) != 2:
-            raise ValueError(f"shapes[{level}] must be a height and a width, got {shape}")
-        for side in shape:
-            check_whole(f"shapes[{level}]", side, 0)
-        check_positive(f"strides[{level}]", stride)
     return (_cuda if _launch.uses_kernels(cells) else _cpu)(cells, shapes, strides)
 
 

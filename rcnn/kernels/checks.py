@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,27 @@ def check_tensors(tensors: dict[str, Tensor]) -> None:
         raise ValueError(f"{first} must hold data, got a tensor on the meta device")
 
 
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """Refuse what is not of a class.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {kind.__module__}.{kind.__name__}, got {type(value).__name__}")
+
+
+def check_sequence(name: str, value: Any) -> None:
+    """Refuse what does not hold values in a row.
+
+    Raises:
+        TypeError: it does not.
+    """
+    row = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    if not row and not (isinstance(value, np.ndarray) and value.ndim):
+        raise TypeError(f"{name} must be a list or tuple, got {type(value).__name__}")
+
+
 def check_floating(name: str, x: Tensor, *also: torch.dtype) -> None:
     """Refuse a tensor that is not of a type that kernels take, nor one of those in ``also``.
 
@@ -51,7 +73,10 @@ def check_real(name: str, value: Any, low: float = -math.inf, high: float = math
     """
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    number: Any = value
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of a thousand bits
+        number = math.inf
     if low <= number <= high and math.isfinite(number):
         return
     allowed = f"lie in {low}..{high}" if math.isfinite(high) else f"be at least {low}"
@@ -87,7 +112,9 @@ def check_weights(weights: Sequence[float]) -> None:
     """Refuse ``box_weights`` that are not four finite numbers above 0.
 
     Raises:
+        TypeError: they are no sequence.
         ValueError: they are not.
     """
+    check_sequence("box_weights", weights)
     if len(weights) != 4 or not all(isinstance(x, Real) and 0 < float(x) < math.inf for x in weights):
         raise ValueError(f"box_weights must be 4 numbers above 0, got {tuple(weights)}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rcnn import boxes as box
 from rcnn.kernels import _launch
-from rcnn.kernels.checks import check_floating, check_real, check_tensors, check_weights, check_whole
+from rcnn.kernels.checks import check_floating, check_kind, check_real, check_tensors, check_weights, check_whole
 from rcnn.kernels.nms import nms_padded, thin
 from rcnn.kernels.sorting import sort_rows
 from rcnn.structures import Detections, Proposals
@@ -63,6 +63,7 @@ def detections(
     Source:
         torchvision, ``RoIHeads.postprocess_detections``, which decodes the boxes of all classes first.
     """
+    check_kind("proposals", proposals, Proposals)
     check_tensors(
         {
             "logits": logits,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rcnn import boxes as box
 from rcnn.kernels import _launch
-from rcnn.kernels.checks import check_floating, check_real, check_tensors, check_weights, check_whole
+from rcnn.kernels.checks import check_floating, check_kind, check_real, check_tensors, check_weights, check_whole
 from rcnn.kernels.matching_cpu import match_cpu
 from rcnn.kernels.sampling import ANCHORS, PROPOSALS, image_keys, list_sizes, sample
 from rcnn.structures import AnchorSamples, Proposals, Samples, Targets
@@ -126,6 +126,7 @@ def match_anchors(
         Ren et al., Faster R-CNN (2015), section 3.1.2; torchvision, ``RegionProposalNetwork``, which draws by
         ``randperm``.
     """
+    check_kind("targets", targets, Targets)
     check_tensors({"anchors": anchors, "step": step} | _named(targets))
     _check_targets(targets)
     _check_thresholds(high_threshold, low_threshold)
@@ -182,6 +183,8 @@ def match_proposals(
     Source:
         torchvision, ``RoIHeads.select_training_samples``.
     """
+    check_kind("proposals", proposals, Proposals)
+    check_kind("targets", targets, Targets)
     check_tensors(
         {"proposals.boxes": proposals.boxes, "proposals.count": proposals.count, "step": step} | _named(targets)
     )
@@ -201,14 +204,14 @@ def match_proposals(
     return body(proposals, targets, seed, step, thresholds, batch_size_per_image, positives, box_weights)
 
 
-def _check_ground_truth(gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor) -> int:
+def _check_ground_truth(gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor, prefix: str = "gt_") -> int:
     if gt_boxes.dim() != 2 or gt_boxes.shape[1] != 4:
-        raise ValueError(f"gt_boxes must have shape (G, 4), got {tuple(gt_boxes.shape)}")
+        raise ValueError(f"{prefix}boxes must have shape (G, 4), got {tuple(gt_boxes.shape)}")
     if gt_offsets.dim() != 1 or gt_offsets.shape[0] < 2:
-        raise ValueError(f"gt_offsets must have shape (B + 1,) with B at least 1, got {tuple(gt_offsets.shape)}")
-    check_floating("gt_boxes", gt_boxes)
-    _check_int64("gt_labels", gt_labels, gt_boxes.shape[:1])
-    _check_int64("gt_offsets", gt_offsets, gt_offsets.shape)
+        raise ValueError(f"{prefix}offsets must have shape (B + 1,) with B at least 1, got {tuple(gt_offsets.shape)}")
+    check_floating(f"{prefix}boxes", gt_boxes)
+    _check_int64(f"{prefix}labels", gt_labels, gt_boxes.shape[:1])
+    _check_int64(f"{prefix}offsets", gt_offsets, gt_offsets.shape)
     return gt_offsets.shape[0] - 1
 
 
@@ -228,7 +231,7 @@ def _in_float32(targets: Targets) -> Targets:
 
 
 def _check_targets(targets: Targets) -> int:
-    images = _check_ground_truth(targets.boxes, targets.labels, targets.offsets)
+    images = _check_ground_truth(targets.boxes, targets.labels, targets.offsets, "targets.")
     _check_int64("targets.image_ids", targets.image_ids, (images,))
     if targets.image_sizes.shape != (images, 2):
         raise ValueError(f"targets.image_sizes must have shape ({images}, 2), got {tuple(targets.image_sizes.shape)}")

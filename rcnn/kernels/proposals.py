@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rcnn import boxes as box
 from rcnn.kernels import _launch
-from rcnn.kernels.checks import check_floating, check_real, check_tensors, check_whole
+from rcnn.kernels.checks import check_floating, check_real, check_sequence, check_tensors, check_whole
 from rcnn.kernels.nms import nms_padded, thin
 from rcnn.kernels.sorting import sort_rows
 from rcnn.structures import Proposals
@@ -104,6 +104,7 @@ def _check(
     for name, tensor in (("anchors", anchors), ("image_sizes", image_sizes)):
         if tensor.dtype != torch.float32:
             raise ValueError(f"{name} must be torch.float32, got {tensor.dtype}")
+    check_sequence("level_sizes", level_sizes)
     for level, size in enumerate(level_sizes):
         check_whole(f"level_sizes[{level}]", size, 0)
     if sum(level_sizes) != count:

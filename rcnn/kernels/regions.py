@@ -6,10 +6,12 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from rcnn.kernels.checks import check_floating, check_positive, check_tensors
+from rcnn.kernels.checks import check_floating, check_positive, check_sequence, check_tensors
 
 #: Blocks that keep a large GPU busy in a forward pass: with fewer regions than that, several blocks share one.
 BLOCKS = 1024
+#: Most bins of a region along an axis.
+MOST_BINS = 1024
 #: Values of a map whose layout is changed at a time on a CPU: 512 KB of float32, which the caches near the cores hold.
 TURNED = 1 << 17
 
@@ -35,12 +37,15 @@ def check_pool(
     features: Sequence[Tensor], rois: Tensor, output_size: int | Sequence[int], scales: Sequence[float], op: str
 ) -> tuple[int, int]:
     """Check the arguments that all RoI pooling ops share; gives the output size as a pair."""
-    name = "features" if op == "multiscale_roi_align" else "input"
+    pyramid = op == "multiscale_roi_align"
+    name, regions, factor = ("features", "rois", "spatial_scales") if pyramid else ("input", "boxes", "spatial_scale")
     if isinstance(features, Tensor):
         raise TypeError("features must be a sequence of maps, got one torch.Tensor")
-    if not features or len(features) != len(scales):
+    check_sequence(name, features)
+    check_sequence(factor, scales)
+    if not len(features) or len(features) != len(scales):
         raise ValueError(f"spatial_scales must name one scale per level, got {len(scales)} for {len(features)}")
-    check_tensors({name: features[0], "boxes": rois} | {f"{name}[{i}]": each for i, each in enumerate(features)})
+    check_tensors({name: features[0], regions: rois} | {f"{name}[{i}]": each for i, each in enumerate(features)})
     for each in features:
         if each.dim() != 4 or 0 in each.shape[2:]:
             raise ValueError(f"{name} must have shape (B, C, H, W) with H, W > 0, got {tuple(each.shape)}")
@@ -51,15 +56,17 @@ def check_pool(
                 f"{tuple(features[0].shape)} {features[0].dtype}"
             )
     if rois.dim() != 2 or rois.shape[1] != 5:
-        raise ValueError(f"boxes must have shape (R, 5), got {tuple(rois.shape)}")
-    check_floating("boxes", rois, torch.float64)
+        raise ValueError(f"{regions} must have shape (R, 5), got {tuple(rois.shape)}")
+    check_floating(regions, rois, torch.float64)
     if rois.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"boxes must not require a gradient: {op} has none for them, pass boxes.detach()")
+        raise ValueError(f"{regions} must not require a gradient: {op} has none for them, pass {regions}.detach()")
     for scale in scales:
-        check_positive("spatial_scale", scale)
+        check_positive(factor, scale)
     pair = tuple(output_size) if isinstance(output_size, Sequence) else (output_size, output_size)
     if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in pair):
         raise ValueError(f"output_size must be one or two positive integers, got {output_size!r}")
+    if max(pair) > MOST_BINS:
+        raise ValueError(f"output_size must be at most {MOST_BINS}, got {output_size!r}")
     return int(pair[0]), int(pair[1])
 
 

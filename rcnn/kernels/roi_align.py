@@ -78,7 +78,7 @@ def roi_align(
     Args:
         input: ``(B, C, H, W)`` float, map; channels-last is the fast layout and the output's layout follows it.
         boxes: ``(R, 5)`` float, image index, x1, y1, x2, y2 in image pixels; or B tensors ``(n, 4)``.
-        output_size: bins in y and x, or one number for both.
+        output_size: bins in y and x, at most 1,024 each, or one number for both.
         spatial_scale: map cells per image pixel.
         sampling_ratio: samples per bin and axis, at most 1,024; not positive for an adaptive number.
         aligned: whether pixel centres lie at half coordinates.
@@ -119,7 +119,7 @@ def multiscale_roi_align(
         features: L maps ``(B, C, H_l, W_l)`` float, finest first, each half the scale of the one before; at most 8 on
             a GPU.
         rois: ``(R, 5)`` float, image index, x1, y1, x2, y2 in image pixels.
-        output_size: bins in y and x, or one number for both.
+        output_size: bins in y and x, at most 1,024 each, or one number for both.
         spatial_scales: map cells per image pixel of each level.
         sampling_ratio: samples per bin and axis, at most 1,024; not positive for an adaptive number.
         aligned: whether pixel centres lie at half coordinates.
