@@ -35,7 +35,8 @@ class Parser(jsonargparse.ArgumentParser):
         try:
             return self.parse_args(self._switches(words))
         except Exception as error:  # jsonargparse raises its own, argparse's and YAML's errors
-            self._refuse(words, self._sentence(" ".join(str(error).split())))
+            message = " ".join(str(error).split())
+            self._refuse(words, self._misled(words, message) or self._sentence(message))
 
     def read_groups(self, words: Sequence[str]) -> dict[str, Any]:
         """Parse, and make the dataclasses of the groups; ends the process as :meth:`read` does."""
@@ -58,19 +59,28 @@ class Parser(jsonargparse.ArgumentParser):
 
     def _switches(self, words: list[str]) -> list[str]:
         # A switch may stand alone: --resume means --resume true. A hyphen in a name is as good as an underscore.
-        words = ["--" + word[2:].replace("-", "_") if re.fullmatch(r"--[\w.\-]+", word) else word for word in words]
-        switches = {
-            name
-            for action in self._actions
-            if bool in ((hint := getattr(action, "_typehint", None)), *get_args(hint))
-            for name in action.option_strings
-        }
+        words = [re.sub(r"^--[\w.\-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words]
+        switches = self._switch_hints()
         filled = []
         for word, following in zip_longest(words, words[1:], fillvalue=""):
             filled.append(word)
             if word in switches and following.lower() not in ("true", "false", "yes", "no", "auto"):
                 filled.append("true")
         return filled
+
+    def _switch_hints(self) -> dict[str, Any]:
+        """The type of each option that may stand alone."""
+        hints = {name: getattr(action, "_typehint", None) for action in self._actions for name in action.option_strings}
+        return {name: hint for name, hint in hints.items() if bool in (hint, *get_args(hint))}
+
+    def _misled(self, words: Sequence[str], message: str) -> str:
+        """The sentence for a word behind a switch that is no value of it; empty if that is not what is wrong."""
+        hints = self._switch_hints()
+        for word, following in pairwise(words):
+            name = word.replace("-", "_").lstrip("_")
+            if f"--{name}" in hints and message.endswith(f"unrecognized arguments: {following}"):
+                return f"{name} must be {_type_name(hints[f'--{name}'])}, got {following}"
+        return ""
 
     def _sentence(self, message: str) -> str:
         known = self._leaves()
@@ -87,11 +97,11 @@ class Parser(jsonargparse.ArgumentParser):
         if unexpected := re.search(r"Unexpected config: *(.*)$", message):
             return f"expected settings as lines of NAME: VALUE, got {unexpected[1] or 'none'}"
         key = re.search(r'[Kk]ey "([\w.]+)"', message)
-        got = re.search(r"(?:Given value|Got value): (.*)$", message)
+        got = re.search(r"(?:Given value|Got value): ?(.*)$", message)
         if key and got and key[1] in known:
             expected = getattr(known[key[1]], "_typehint", None) or known[key[1]].type
-            return f"{key[1]} must be {_type_name(expected)}, got {got[1]}"
-        return message
+            return f"{key[1]} must be {_type_name(expected)}, got {got[1] or 'nothing'}"
+        return message.removeprefix('Parser key "config": ')
 
 
 def _type_name(hint: Any) -> str:

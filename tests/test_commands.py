@@ -260,6 +260,13 @@ def test_bad_input_gets_one_sentence(run, data, tmp_path, capsys):
     assert "c.yaml: unknown option model.nam; did you mean --model.name?" in line
     line = fails(capsys, 2, "train", "--model.name", "tinny")
     assert line == "rcnn train: model.name must be one of tiny, resnet18_fpn, resnet50_fpn, vgg16, got tinny"
+    line = fails(capsys, 2, "train", "--channels-last", "maybe", "--epochs", "3")
+    assert line == "rcnn train: channels_last must be true or false, got maybe"
+    line = fails(capsys, 2, "train", "--channels-last=maybe")
+    assert line == "rcnn train: channels_last must be true or false, got maybe"
+    line = fails(capsys, 2, "train", "--precision", "")
+    assert line == "rcnn train: precision must be one of fp32, tf32, bf16, fp16, got nothing"
+    assert "none.yaml: File does not exist" in fails(capsys, 2, "train", "--config", tmp_path / "none.yaml")
     (tmp_path / "c.yaml").write_text("optim: 3\n")
     assert "c.yaml: optim must be a group of settings, got 3" in fails(
         capsys, 2, "train", "--config", tmp_path / "c.yaml"
