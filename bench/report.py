@@ -152,7 +152,7 @@ def step_cells(row: Row, columns: list[str]) -> list[str]:
     """What a row has for each column."""
     idle, memory, speed = (row.get(key) for key in ("idle", "peak_memory", "speedup"))
     cells = {
-        "batch": str(row["batch"]),
+        "batch": f"{row['batch']}, {row['files']} files" if "files" in row else str(row["batch"]),
         "precision": row["precision"],
         "with": row["with"],
         "img/s": digits(row["images_per_second"]),

@@ -263,7 +263,7 @@ def predicting(model: rcnn.FasterRCNN, files: list[Path], compared: bool, repeat
     timings = measure(rivals, repeats, 1, SECONDS[device.type], device)
     return [
         {
-            "model": model.config.name, "task": "predict", "batch": READ_BATCH,
+            "model": model.config.name, "task": "predict", "batch": READ_BATCH, "files": len(files),
             "precision": PRECISIONS[device.type][0], "with": name,
             "size": [height, width],
             **asdict(timing),

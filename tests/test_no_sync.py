@@ -63,11 +63,13 @@ class _Watch(TorchDispatchMode):
 def no_waiting() -> Iterator[None]:
     """Within it a call that waits for the device raises."""
     if torch.cuda.is_available():
+        refused_before = set(convolution.refused)
         torch.cuda.set_sync_debug_mode("error")
         try:
             yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        assert convolution.refused == refused_before, "torch's error came where a convolution falls back"
         return
 
     def refused(name: str) -> Callable[..., Any]:
