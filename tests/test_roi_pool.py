@@ -1,5 +1,7 @@
 """RoI pooling against the oracle, by hand on rounding, ties and empty bins, its gradient and its layouts."""
 
+import importlib
+import itertools
 import math
 
 import pytest
@@ -179,6 +181,48 @@ def test_any_cell_of_a_large_bin_can_win(height: int, width: int) -> None:
     assert output.flatten().tolist() == [1] * channels
     (grad,) = torch.autograd.grad(output.sum(), x)
     assert torch.equal(grad, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST])
+def test_the_order_of_values_on_a_cpu(layout: torch.memory_format, dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    # By falling value; of 0 and -0, which are equal, the first takes the gradient.
+    values = [
+        math.inf,
+        info.max,
+        1 + info.eps,
+        1.0,
+        info.tiny,
+        0.0,
+        -0.0,
+        -info.tiny,
+        -1.0,
+        -1 - info.eps,
+        info.min / 2,
+    ]
+    for first, second in itertools.combinations(range(len(values)), 2):
+        for pair, winner in (((first, second), 0), ((second, first), int({first, second} != {5, 6}))):
+            line = torch.tensor([values[i] for i in pair], dtype=dtype)
+            maps = torch.stack((line, -torch.ones_like(line))).view(1, 2, 1, 2).contiguous(memory_format=layout)
+            output = roi_pool(maps.requires_grad_(), torch.tensor([[0.0, 0, 0, 1, 0]]), 1)
+            assert output.flatten().tolist() == [values[first], -1]
+            (grad,) = torch.autograd.grad(output[0, 0], maps)
+            assert grad.flatten().nonzero().item() == winner
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST])
+@pytest.mark.parametrize("limit", ["POOLED", "READ"])
+def test_regions_a_few_at_a_time(limit: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = random_map((2, 5, 12, 17), seed=9).contiguous(memory_format=layout).requires_grad_()
+    rois = random_regions(30, 2, 17, seed=10)
+    results = []
+    for most in (1 << 20, 500, 1):
+        monkeypatch.setattr(importlib.import_module("rcnn.kernels.roi_pool"), limit, most)
+        output = roi_pool(maps, rois, (3, 4))
+        results.append((output, *torch.autograd.grad(output.sum(), maps)))
+    for few in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(few, results[0], strict=True))
 
 
 def test_list_of_boxes_and_no_region(device: torch.device) -> None:

@@ -1,12 +1,15 @@
 """RoI pooling: the largest map value in each bin of a region.
 
-The CPU body takes bins of about the same size together: it gathers their cells from the channels-last map and lets
-``max_pool2d`` find each maximum and the cell that gave it. The gradient goes to that cell. The CUDA bodies
-keep that cell too; backward a block for each tile of the map adds what the bins send there.
+The CPU body lists the cells of every bin, as a sparse matrix of ones does its columns; torch multiplies such a matrix
+by the channels-last map with maxima in the place of sums. The cell that gives a maximum, to which the gradient goes,
+is found in the same way from numbers that hold the value and the cell. The CUDA bodies keep that cell too; backward a
+block for each tile of the map adds what the bins send there.
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from rcnn.kernels import _launch
 from rcnn.kernels.regions import (
+    TURNED,
     as_map,
     as_rois,
     as_table,
@@ -30,10 +34,8 @@ from rcnn.kernels.regions import (
 
 #: Output values made at once: few, so that their memory is used again and again, and enough for many bins of a size.
 POOLED = 1 << 20
-#: Map values gathered at once: 4 MB of float32, about what the caches near the cores hold.
-GATHERED = 1 << 20
-#: Map values that may be gathered twice to save a round of calls, which takes about as long.
-SPARE = 1 << 18
+#: Cells of bins, whatever their channels, that are listed at once.
+READ = 1 << 18
 #: Blocks of the forward pass on a GPU, if there are regions and channels enough: several for each that run at once, so
 #: that those of large regions keep few others waiting.
 BLOCKS = 4096
@@ -114,8 +116,11 @@ class _RoIPool(torch.autograd.Function):
 def _forward_cpu(
     input: Tensor, rois: Tensor, size: tuple[int, int], spatial_scale: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Maxima ``(R, C, oh, ow)`` and, if a gradient is needed, where each lies among the values of the map, integers in
-    the order of the output in memory, R rows; one past the last value for none."""
+    """Maxima ``(R, C, oh, ow)`` and, if a gradient is needed, the place of each.
+
+    A place is a number of the map as a table ``(B * H * W, C)``. Of a channels-last map they are ``(R * oh * ow, C)``
+    and count the values; else ``(C, R * oh * ow)`` and count the rows. One past the last stands for none.
+    """
     batch, channels, height, width = input.shape
     if not bool(((rois[:, 0] >= 0) & (rois[:, 0] < batch)).all()):
         raise ValueError(f"boxes must name images 0..{batch - 1}, got {rois[:, 0].min()}..{rois[:, 0].max()}")
@@ -123,15 +128,10 @@ def _forward_cpu(
     finite = torch.isfinite(rois).all(dim=1)[:, None]
     top, tall = _axis(rois[:, 2], rois[:, 4], finite, spatial_scale, height, size[0])
     left, wide = _axis(rois[:, 1], rois[:, 3], finite, spatial_scale, width, size[1])
-    image = rois[:, 0].long() * (height * width)
-    corner = (top * width)[:, :, None] + left[:, None, :]
-    start = image[:, None, None] + corner
+    start = (rois[:, 0].long() * (height * width))[:, None, None] + (top * width)[:, :, None] + left[:, None, :]
 
     table = as_table(input)
     last = channels_last(input)
-    # Where the first cell of each bin lies among the values of the map, and how far the next cell and channel are.
-    strides = (channels, 1) if last else (1, height * width)
-    origin = start * channels if last else image[:, None, None] * channels + corner
     lowest = torch.finfo(input.dtype).min
     # Then every maximum is a number, and every bin with a cell has one that gives it.
     plain = table.numel() == 0 or bool(table.amin() > lowest)
@@ -140,104 +140,138 @@ def _forward_cpu(
     bins = size[0] * size[1]
     # A channels-last output is these rows; a contiguous one is filled from a few of them at a time.
     output = table.new_empty((len(rois) * bins, channels) if last else (len(rois), channels, bins))
-    cells = None
+    cells = keys = None
     if needs_grad:
-        # More than 2 ** 31 values need int64, which takes twice as long.
-        dtype = torch.int32 if table.numel() < 2**31 else torch.int64
-        cells = torch.empty_like(output, dtype=dtype)
-    step = _regions(bins * channels)
-    for first in range(0, len(rois), step):
-        part = slice(first, min(first + step, len(rois)))
+        keys = _Keys(table, channels if last else 1)
+        cells = torch.empty((len(rois) * bins, channels) if last else (channels, len(rois) * bins), dtype=keys.dtype)
+    for part in _parts((tall.sum(dim=1) * wide.sum(dim=1)).tolist(), bins * channels):
         here = slice(part.start * bins, part.stop * bins)
-        value, cell, back = _pool(
-            table,
-            width,
-            start[part],
-            tall[part],
-            wide[part],
-            None if cells is None else (origin[part], *strides, dtype),
-        )
+        offsets, rows = _rows(start[part], tall[part], wide[part], width)
+        value = _maxima(offsets, rows, table)
+        if keys is not None and cells is not None:
+            cell = keys.places(_maxima(offsets, rows, keys.table))
+            if not plain:
+                cell.masked_fill_(value <= lowest, keys.none)
+            (cells[here] if last else cells[:, here].t()).copy_(cell)
         if not plain:
-            cell = None if cell is None else cell.masked_fill_(value <= lowest, table.numel())
+            # An empty bin has a 0.
             value.clamp_(min=lowest)
-        for found, whole in ((value, output), (cell, cells)):
-            if found is None or whole is None:
-                continue
-            if last:
-                torch.index_select(found, 0, back, out=whole[here])
-            else:
-                whole[part] = found.index_select(0, back).view(-1, bins, channels).transpose(1, 2)
+        if last:
+            output[here] = value
+        else:
+            output[part] = value.view(-1, bins, channels).transpose(1, 2)
     if last:
         return as_map(output, (len(rois), channels, *size), input.dtype, last), cells
     return output.view(len(rois), channels, *size).to(input.dtype), cells
 
 
-def _pool(
-    table: Tensor,
-    width: int,
-    start: Tensor,
-    tall: Tensor,
-    wide: Tensor,
-    places: tuple[Tensor, int, int, torch.dtype] | None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Maxima of bins and, with ``places``, where they lie in the map: both ``(bins, C)``, bins by size; and the row of
-    each bin.
+def _rows(start: Tensor, tall: Tensor, wide: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The rows of the table in each bin, bin after bin, and where those of each bin begin, ``(bins + 1,)``.
 
-    A bin has its first cell in row ``start (R, oh, ow)`` of the table and ``tall (R, oh)`` by ``wide (R, ow)`` cells.
-    ``places`` has where that cell lies in the map, ``(R, oh, ow)``, the strides of a cell and a channel, and a dtype.
+    A bin has its first cell in row ``start (R, oh, ow)`` and ``tall (R, oh)`` by ``wide (R, ow)`` cells.
     """
-    channels = table.shape[1]
-    rows, columns = (x.flatten() for x in torch.broadcast_tensors(tall[:, :, None], wide[:, None, :]))
-    key, order = torch.where((rows > 0) & (columns > 0), (rows << 32) + columns, 0).sort(stable=True)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    start, rows, columns = start.flatten()[order], rows[order][:, None] - 1, columns[order][:, None] - 1
-    output = table.new_empty((len(order), channels))
-    cells = None
-    if places is not None:
-        origin, cell_stride, channel_stride, dtype = places
-        origin = origin.flatten()[order].to(dtype)
-        cells = torch.empty_like(output, dtype=dtype)
-        channel = torch.arange(0, channels * channel_stride, channel_stride, device=table.device, dtype=dtype)
-    for high, across, part in _groups(key, channels):
-        if high == 0:
-            output[part] = 0
-            if cells is not None:
-                cells[part] = table.numel()
-            continue
-        # Row and column of each cell of the window; a smaller bin sees its last ones again, which wins nothing.
-        row, column = torch.arange(high, device=table.device), torch.arange(across, device=table.device)
-        read = (start[part, None] + row.minimum(rows[part]) * width)[:, :, None]
-        read = (read + column.minimum(columns[part])[:, None]).flatten()
-        read = table.index_select(0, read).view(-1, high, across, channels).permute(0, 3, 1, 2)
-        value, place = F.max_pool2d(read, (high, across), return_indices=True)
-        output[part] = value.view(-1, channels)
-        if cells is not None:
-            place = place.view(-1, channels).to(dtype)
-            # The row, place // across. In small windows a product gives it too, is below 2 ** 31 and far faster.
-            if high * across**2 < 1 << 15:
-                line = (place * ((1 << 16) // across + 1)).bitwise_right_shift_(16)
-            else:
-                line = place.div(across, rounding_mode="floor")
-            found = place.add_(line, alpha=width - across).mul_(cell_stride).add_(origin[part, None])
-            torch.add(found, channel, out=cells[part])
-    return output, cells, back
+    high, across = (x.flatten() for x in torch.broadcast_tensors(tall[:, :, None], wide[:, None, :]))
+    # A line of cells is a run of rows; first the lines of the bins, then the cells of the lines.
+    lines = torch.where(across > 0, high, 0)
+    owner = torch.repeat_interleave(lines)
+    begin = (start.flatten() - (lines.cumsum(0) - lines) * width)[owner]
+    begin += torch.arange(0, len(owner) * width, width, device=start.device)
+    run = across[owner]
+    begin -= run.cumsum(0) - run
+    rows = begin[torch.repeat_interleave(run)]
+    rows += torch.arange(len(rows), device=start.device)
+    return F.pad((lines * across).cumsum(0), (1, 0)), rows
+
+
+def _maxima(offsets: Tensor, rows: Tensor, table: Tensor) -> Tensor:
+    """Largest value of each column among some rows of a table, ``rows[offsets[i] : offsets[i + 1]]``; 0 among none."""
+    _sparse_is_beta()
+    ones = table.new_ones(len(rows))
+    shape = (len(offsets) - 1, len(table))
+    return torch.sparse.mm(torch.sparse_csr_tensor(offsets, rows, ones, shape, check_invariants=False), table, "amax")
+
+
+@cache
+def _sparse_is_beta() -> None:
+    """Let torch say so, as it does once, where nobody is disturbed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
+
+
+class _Keys:
+    """Float64 numbers above 0 that rise with the values of a table, and of equal ones with those that come first.
+
+    The largest key among some cells so gives the first cell of the largest value.
+
+    Args:
+        table: ``(cells, C)`` float without NaN.
+        stride: how many places further the next row is; that of the next column is 0 for a stride of 1, else 1.
+    """
+
+    def __init__(self, table: Tensor, stride: int) -> None:
+        self.none = len(table) * stride
+        self.dtype = torch.int32 if self.none < 2**31 else torch.int64
+        self.table = torch.empty_like(table, dtype=torch.float64)
+        self.order: Tensor | None = None
+        columns = (
+            torch.arange(table.shape[1], device=table.device) if stride > 1 else torch.zeros((), dtype=torch.int64)
+        )
+        if table.dtype == torch.float64 or self.dtype == torch.int64:
+            # No room for value and place: the rank of the value, of equal ones the first in the table last.
+            order = table.flatten().flip(0).sort(stable=True).indices.neg_().add_(table.numel() - 1)
+            self.table.view(-1)[order] = torch.arange(1.0, len(order) + 1, dtype=torch.float64, device=table.device)
+            place = (torch.arange(len(table), device=table.device)[:, None] * stride + columns).expand_as(table)
+            self.order = F.pad(place.flatten()[order], (1, 0), value=self.none).to(self.dtype)
+            return
+        step = max(1, TURNED // max(1, table.shape[1]))
+        for first in range(0, len(table), step):
+            values = table[first : first + step]
+            # Bits that rise with the value; adding 0 makes -0 equal to 0.
+            bits = (values + 0.0).view(torch.int32)
+            key = torch.bitwise_xor(bits, (bits >> 31) & 0x7FFFFFFF).to(torch.int64)
+            # 32 of them, raised to be positive, above 31 of the place from behind. The bits of a positive float64 rise
+            # with it too, and these are neither too small nor too large for one that is normal.
+            key.add_(0x7F800001).bitwise_left_shift_(31).add_((1 << 52) + self.none)
+            rows = torch.arange(first, first + len(values), device=table.device)[:, None] * stride
+            self.table[first : first + step] = key.sub_(rows).sub_(columns).view(torch.float64)
+
+    def places(self, keys: Tensor) -> Tensor:
+        """The places of some keys, ``none`` for a 0."""
+        if self.order is not None:
+            return self.order[keys.long()]
+        return keys.view(torch.int64).to(torch.int32).bitwise_and_(0x7FFFFFFF).neg_().add_(self.none)
 
 
 def _backward_cpu(grad: Tensor, cells: Tensor, shape: Sequence[int], dtype: torch.dtype, last: bool) -> Tensor:
+    batch, channels, height, width = shape
     dtype_of_sums = torch.float64 if dtype == torch.float64 else torch.float32
-    table = torch.zeros(math.prod(shape) + 1, dtype=dtype_of_sums, device=grad.device)
-    # The cells stand in the order of the output's values in memory.
-    values = math.prod(grad.shape[1:])
-    step = _regions(values)
-    for part, cell in zip(grad.split(step), cells.view(grad.shape[0], values).split(step), strict=True):
-        row = as_table(part) if last else part.to(dtype_of_sums).contiguous()
-        table.index_add_(0, cell.reshape(-1), row.view(-1))
-    return as_map(table[:-1].view(-1, shape[1]), shape, dtype, last) if last else table[:-1].view(shape).to(dtype)
+    if last:
+        sums = torch.zeros(math.prod(shape) + 1, dtype=dtype_of_sums, device=grad.device)
+        step = max(1, POOLED // max(1, channels))
+        for part, cell in zip(as_table(grad).split(step), cells.split(step), strict=True):
+            sums.index_add_(0, cell.view(-1), part.view(-1))
+        return as_map(sums[:-1].view(-1, channels), shape, dtype, last)
+    # Channels apart, each of which has its own sums: several threads can add.
+    sums = torch.zeros((channels, batch * height * width + 1), dtype=dtype_of_sums, device=grad.device)
+    step = max(1, POOLED // max(1, cells.shape[1]))
+    for first in range(0, channels, step):
+        part = slice(first, first + step)
+        cell = cells[part].long()
+        sums[part].scatter_add_(1, cell, grad[:, part].transpose(0, 1).to(dtype_of_sums).reshape(cell.shape))
+    return sums[:, :-1].unflatten(1, (batch, height, width)).transpose(0, 1).to(dtype).contiguous()
 
 
-def _regions(values: int) -> int:
-    """Regions of so many output values that are worked on at once."""
-    return max(1, POOLED // max(1, values))
+def _parts(cells: Sequence[int], values: int) -> Iterator[slice]:
+    """Regions that are worked on at once, of so many cells each and so many output values."""
+    first = total = 0
+    for last, count in enumerate(cells):
+        if last > first and (total + count > READ or (last + 1 - first) * values > POOLED):
+            yield slice(first, last)
+            first, total = last, 0
+        total += count
+    if first < len(cells):
+        yield slice(first, len(cells))
 
 
 def _axis(low: Tensor, high: Tensor, finite: Tensor, scale: float, size: int, bins: int) -> tuple[Tensor, Tensor]:
@@ -254,26 +288,6 @@ def _round(x: Tensor) -> Tensor:
     """Nearest whole number, halves away from zero as in C."""
     whole = torch.trunc(x)
     return whole + torch.sign(x) * ((x - whole).abs() >= 0.5).to(x.dtype)
-
-
-def _groups(key: Tensor, channels: int) -> Iterator[tuple[int, int, slice]]:
-    """Windows and the bins that fit them, few enough for what they read to stay in the cache.
-
-    ``key (n,)`` int64, rising, holds the rows of a bin in its upper half and its columns in the lower.
-    """
-    sizes, counts = key.unique_consecutive(return_counts=True)
-    high = across = cells = first = last = 0
-    for size, count in zip([*sizes.tolist(), 0], [*counts.tolist(), 0], strict=True):
-        rows, columns = size >> 32, size & 0xFFFFFFFF
-        fits = max(high, rows), max(across, columns), cells + rows * columns * count
-        # Bins without cells come first and stay apart.
-        if not count or high == 0 or (fits[0] * fits[1] * (last + count - first) - fits[2]) * channels > SPARE:
-            step = max(1, GATHERED // max(1, high * across * channels))
-            for begin in range(first, last, step):
-                yield high, across, slice(begin, min(begin + step, last))
-            first, fits = last, (rows, columns, rows * columns * count)
-        high, across, cells = fits
-        last += count
 
 
 def _forward_cuda(
