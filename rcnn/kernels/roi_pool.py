@@ -143,7 +143,11 @@ def _forward_cpu(
     cells = keys = None
     if needs_grad:
         keys = _Keys(table, channels if last else 1)
-        cells = torch.empty((len(rois) * bins, channels) if last else (channels, len(rois) * bins), dtype=keys.dtype)
+        if last:
+            cells = torch.empty((len(rois) * bins, channels), dtype=keys.dtype)
+        else:
+            # Scattering wants int64; to turn int32 into it would take half as long as to add.
+            cells = torch.empty((channels, len(rois) * bins), dtype=torch.int64)
     for part in _parts((tall.sum(dim=1) * wide.sum(dim=1)).tolist(), bins * channels):
         here = slice(part.start * bins, part.stop * bins)
         offsets, rows = _rows(start[part], tall[part], wide[part], width)
@@ -257,7 +261,7 @@ def _backward_cpu(grad: Tensor, cells: Tensor, shape: Sequence[int], dtype: torc
     step = max(1, POOLED // max(1, cells.shape[1]))
     for first in range(0, channels, step):
         part = slice(first, first + step)
-        cell = cells[part].long()
+        cell = cells[part]
         sums[part].scatter_add_(1, cell, grad[:, part].transpose(0, 1).to(dtype_of_sums).reshape(cell.shape))
     return sums[:, :-1].unflatten(1, (batch, height, width)).transpose(0, 1).to(dtype).contiguous()
 
