@@ -241,6 +241,18 @@ def test_the_matrix_is_never_built() -> None:
     assert ((labels == 1) == (matched >= 0)).all()
 
 
+@pytest.mark.parametrize("count", [1, 255, 257, 700])
+@pytest.mark.parametrize("own", [False, True])
+def test_all_pairs_or_those_that_meet(own: bool, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = random_truth([0, 9, 40], 8, ignored=True)
+    boxes = torch.stack([random_boxes(count, seed) for seed in range(3)]) if own else random_boxes(count, 9)
+    results = []
+    for pairs in (1 << 18, 1):
+        monkeypatch.setattr(matching_cpu, "_PAIRS", pairs)
+        results.append(match(boxes, *truth, high_threshold=0.5, low_threshold=0.3, allow_low_quality_matches=True))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,5 +1,6 @@
 """The CPU body of the matcher: tiles of neighbouring boxes, each compared with the ground truth that meets it."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -32,7 +33,7 @@ def match_cpu(
     matched = tiles.full(-1, torch.int64)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for tile, rows in tiles.meetings(truth, gt_labels > 0):
-        iou = box.iou(tiles.boxes(tile)[:, None], truth.boxes[rows][:, :, None])
+        iou = _iou(tiles.boxes(tile)[:, :, None], truth.boxes[:, rows, None])
         values, slot = iou.max(dim=1)
         best[tile] = values
         matched[tile] = rows.gather(1, slot)
@@ -44,9 +45,9 @@ def match_cpu(
     if found:
         _low_quality(labels, tiles, truth, *(torch.cat(part) for part in zip(*found, strict=True)))
     for tile, rows in tiles.meetings(truth, gt_labels < 0):
-        held = tiles.boxes(tile)[:, None]
-        inside = box.intersection(held, truth.boxes[rows][:, :, None])
-        covered = ((inside > 0) & (inside >= 0.5 * box.area(held))).any(dim=1)
+        held = tiles.boxes(tile)[:, :, None]
+        inside = _intersection(held, truth.boxes[:, rows, None])
+        covered = ((inside > 0) & (inside >= 0.5 * held[4])).any(dim=1)
         labels[tile] = torch.where(covered & (labels[tile] == 0), -1, labels[tile])
     matched = torch.where(labels == 1, matched, -1)
     return (
@@ -57,13 +58,38 @@ def match_cpu(
 
 def _low_quality(labels: Tensor, tiles: "_Tiles", truth: "_Truth", tile: Tensor, row: Tensor, reached: Tensor) -> None:
     """Set the label of the best boxes of each ground-truth row to 1; ``reached`` is the best IoU of row in tile."""
-    best = reached.new_zeros(truth.boxes.shape[0]).scatter_reduce_(0, row, reached, "amax")
+    best = reached.new_zeros(truth.boxes.shape[1]).scatter_reduce_(0, row, reached, "amax")
     # Only the tiles that hold a best box are compared again; the same arithmetic gives the same bits.
     winners = ((reached > 0) & (reached == best[row])).nonzero().squeeze(1)
-    for part in winners.split(max(1, _PAIRS // tiles.size)):
-        iou = box.iou(tiles.boxes(tile[part]), truth.boxes[row[part]][:, None])
+    for part in winners.split(max(1, _PAIRS // (2 * tiles.size))):
+        iou = _iou(tiles.boxes(tile[part]), truth.boxes[:, row[part], None])
         pair, place = (iou == best[row[part]][:, None]).nonzero(as_tuple=True)
         labels[tile[part][pair], place] = 1
+
+
+def _table(boxes: Tensor) -> Tensor:
+    """``(5, ...)`` coordinates and area, apart, so that each is contiguous, of boxes ``(4, ...)`` float32.
+
+    A box whose area is not positive and finite overlaps nothing. It becomes a point with an area of 1, so that no union
+    is 0.
+    """
+    area = box.area(boxes.movedim(0, -1))
+    solid = (area > 0) & (area < math.inf)
+    table = torch.where(solid, torch.cat((boxes, area[None])), 0.0)
+    table[4] += (~solid).to(table.dtype)
+    return table
+
+
+def _intersection(table1: Tensor, table2: Tensor) -> Tensor:
+    """``boxes.intersection`` of tables."""
+    width = torch.minimum(table1[2], table2[2]).sub_(torch.maximum(table1[0], table2[0])).clamp_(min=0)
+    return width.mul_(torch.minimum(table1[3], table2[3]).sub_(torch.maximum(table1[1], table2[1])).clamp_(min=0))
+
+
+def _iou(table1: Tensor, table2: Tensor) -> Tensor:
+    """``boxes.iou`` of tables, by the same operations."""
+    inter = _intersection(table1, table2)
+    return inter.div_((table1[4] + table2[4]).sub_(inter))
 
 
 class _Truth:
@@ -71,8 +97,7 @@ class _Truth:
 
     def __init__(self, gt_boxes: Tensor, gt_offsets: Tensor) -> None:
         padded = torch.cat((gt_boxes.to(torch.float32), gt_boxes.new_zeros(1, 4, dtype=torch.float32)))
-        # Coordinates apart, so that a column is contiguous. The area is finite only if all coordinates are.
-        self.boxes = torch.where(box.area(padded).isfinite(), padded.t(), 0.0).t()
+        self.boxes = _table(padded.t())
         rows = torch.arange(gt_boxes.shape[0], device=gt_boxes.device)
         image = torch.searchsorted(gt_offsets.contiguous(), rows, right=True) - 1
         self.image = torch.where(image < gt_offsets.shape[0] - 1, image, -1)
@@ -91,37 +116,48 @@ class _Tiles:
         missing = self.per_image * self.size - count
         if missing:
             boxes = torch.cat((boxes, boxes[:, -1:].expand(-1, missing, 4)), dim=1)
-        corners = boxes.permute(2, 0, 1).contiguous().reshape(4, -1, self.size)
-        self.corners = torch.where(box.area(corners.movedim(0, -1)).isfinite(), corners, 0.0)
-        self.low = self.corners[:2].amin(dim=2)
-        self.high = self.corners[2:].amax(dim=2)
+        self.table = _table(boxes.permute(2, 0, 1).reshape(4, -1, self.size))
+        self.low = self.table[:2].amin(dim=2)
+        self.high = self.table[2:4].amax(dim=2)
 
     def full(self, value: float, dtype: torch.dtype) -> Tensor:
         """A ``(tiles of all images, size)`` tensor of one value."""
-        return torch.full((self.images * self.per_image, self.size), value, dtype=dtype, device=self.corners.device)
+        return torch.full((self.images * self.per_image, self.size), value, dtype=dtype, device=self.table.device)
 
     def boxes(self, tile: Tensor) -> Tensor:
-        """``(n, size, 4)`` boxes of the tiles, numbered over all images."""
-        return self.corners[:, tile % self.per_image if self.shared else tile].movedim(0, -1)
+        """``(5, n, size)`` table of the tiles, numbered over all images."""
+        return self.table[:, tile % self.per_image if self.shared else tile]
 
     def meetings(self, truth: _Truth, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Tiles ``(n,)`` and, padded by the zero box, the chosen ground truth ``(n, m)`` that meets their bounding box.
 
         Each tile comes once, with its rows rising; tiles with about as many rows come together.
         """
-        nobody = truth.boxes.shape[0] - 1
+        nobody = truth.boxes.shape[1] - 1
         chosen = (chosen & (truth.image >= 0)).nonzero().squeeze(1)
+        if not len(chosen):
+            return
+        slots = torch.bincount(truth.image[chosen], minlength=self.images)
+        width = int(slots.max())
+        if self.images * self.per_image * self.size * width <= _PAIRS:
+            # So few are compared in less time than it takes to find those that meet.
+            slot = torch.arange(width, device=chosen.device)
+            source = ((slots.cumsum(0) - slots)[:, None] + slot).clamp_(max=len(chosen) - 1)
+            rows = torch.where(slot < slots[:, None], chosen[source], nobody)
+            yield (
+                torch.arange(self.images * self.per_image, device=slot.device),
+                rows.repeat_interleave(self.per_image, 0),
+            )
+            return
         pairs = []
         for rows in chosen.split(max(1, _PAIRS // self.per_image)):
             low, high = self.low.reshape(2, -1, self.per_image), self.high.reshape(2, -1, self.per_image)
             if not self.shared:
                 low, high = low[:, truth.image[rows]], high[:, truth.image[rows]]
-            corners = truth.boxes[rows].t()[:, :, None]
-            meets = (torch.minimum(high, corners[2:]) > torch.maximum(low, corners[:2])).all(dim=0)
+            corners = truth.boxes[:, rows, None]
+            meets = (torch.minimum(high, corners[2:4]) > torch.maximum(low, corners[:2])).all(dim=0)
             row, place = meets.nonzero(as_tuple=True)
             pairs.append((rows[row], truth.image[rows[row]] * self.per_image + place))
-        if not pairs:
-            return
         row, tile = (torch.cat(part) for part in zip(*pairs, strict=True))
         tile, order = tile.sort(stable=True)
         row = row[order]
