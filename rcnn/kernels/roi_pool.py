@@ -3,7 +3,8 @@
 The CPU body lists the cells of every bin, as a sparse matrix of ones does its columns; torch multiplies such a matrix
 by the channels-last map with maxima in the place of sums. The cell that gives a maximum, to which the gradient goes,
 is found in the same way from numbers that hold the value and the cell. The CUDA bodies keep that cell too; backward a
-block for each tile of the map adds what the bins send there.
+block for each tile of the map adds what the bins send there. They read channels-last, to which a kernel turns
+contiguous maps and gradients.
 """
 
 import math
@@ -73,7 +74,7 @@ def roi_pool(
     Args:
         input: ``(B, C, H, W)`` float, map; channels-last is the fast layout and the output's layout follows it.
         boxes: ``(R, 5)`` float, image index, x1, y1, x2, y2 in image pixels; or B tensors ``(n, 4)``.
-        output_size: bins in y and x, or one number for both.
+        output_size: bins in y and x, at most 1,024 each, or one number for both.
         spatial_scale: map cells per image pixel.
 
     Returns:
