@@ -86,17 +86,13 @@ def anchors(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[
             f"shapes and strides must have one entry for each of {len(cells)} levels, "
             f"got {len(shapes)} shapes and {len(strides)} strides"
         )
-    for level, (shape, stride) in enumerate(zip(shapes, strides, strict=True)):
-        check_sequence(f"shapes[{level}]", shape)
-        if len(shape) != 2:
-            raise ValueError(f"shapes[{level}] must be a height and a width, got {shape}")
-        for side in shape:
-            check_whole(f"shapes[{level}]", side, 0)
-        check_positive(f"strides[{level}]", stride)
     if cells.is_inference():  # such a tensor does not tell that it was changed
         return _made(cells, shapes, strides)
-    key = id(cells), cells._version, tuple(map(tuple, shapes)), tuple(strides)
-    found = _cache.get(key)
+    try:
+        key = id(cells), cells._version, tuple(map(tuple, shapes)), tuple(strides)
+        found = _cache.get(key)
+    except TypeError:  # not what it should be, which is told in words
+        return _made(cells, shapes, strides)
     if found is None:
         # A cached tensor outlives the call, so it must be usable in training too. Holding `cells` keeps its id taken.
         with torch.inference_mode(False), torch.no_grad():
@@ -115,6 +111,13 @@ def kept() -> list[Tensor]:
 
 
 def _made(cells: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[float]) -> Tensor:
+    for level, (shape, stride) in enumerate(zip(shapes, strides, strict=True)):
+        check_sequence(f"shapes[{level}]", shape)
+        if len(shape) != 2:
+            raise ValueError(f"shapes[{level}] must be a height and a width, got {shape}")
+        for side in shape:
+            check_whole(f"shapes[{level}]", side, 0)
+        check_positive(f"strides[{level}]", stride)
     return (_cuda if _launch.uses_kernels(cells) else _cpu)(cells, shapes, strides)
 
 
