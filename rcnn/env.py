@@ -21,6 +21,8 @@ PROG = "rcnn env"
 #: The wheel with NVRTC for each CUDA that there are kernels for, and the oldest driver that runs that CUDA.
 _NVRTC = {12: "nvidia-cuda-nvrtc-cu12", 13: "nvidia-cuda-nvrtc"}
 _DRIVERS = {12: 525, 13: 580}
+#: CuPy finds the NVRTC that pip installed from this version on; before, it asked the system's loader alone.
+_CUPY_FROM = 14
 #: CUDA 13 has dropped the GPUs below this compute capability; torch's builds for CUDA 12.6 have no code from 10.0 on.
 _CUDA13_FROM, _BLACKWELL = (7, 5), (10, 0)
 _REACH = (
@@ -151,6 +153,10 @@ def _nvrtc_is_missing(facts: Facts) -> Problem | None:
     sentence = f"NVRTC, which compiles the kernels, cannot be loaded: {facts.nvrtc_problem}"
     major = next(map(_cuda_of, facts.cupy), None)
     wheel = _NVRTC.get(major or 0, _NVRTC[_best_cuda(facts)])
+    for name, version in facts.cupy.items():
+        if major and int(version.split(".")[0]) < _CUPY_FROM:
+            sentence += f"; CuPy before {_CUPY_FROM} does not find the one that pip installs"
+            return Problem("no-nvrtc", sentence, f"pip install --upgrade {name} {wheel}")
     # Where files of a wheel are gone, pip still holds it to be installed and would leave it as it is.
     anew = "--force-reinstall " if wheel in facts.nvrtc_wheels else ""
     return Problem("no-nvrtc", sentence, f"pip install {anew}{wheel}")

@@ -264,6 +264,20 @@ CASES = [
         "pip install nvidia-cuda-nvrtc",
     ),
     (
+        # It may well be there, and this CuPy would not find it.
+        replace(
+            WELL_12,
+            cupy={"cupy-cuda12x": "13.6.0"},
+            nvrtc=None,
+            nvrtc_problem="none",
+            nvrtc_wheels={"nvidia-cuda-nvrtc-cu12": "12.9.86"},
+        ),
+        "no-nvrtc",
+        "NVRTC, which compiles the kernels, cannot be loaded: none; CuPy before 14 does not find the one that pip "
+        "installs",
+        "pip install --upgrade cupy-cuda12x nvidia-cuda-nvrtc-cu12",
+    ),
+    (
         # An NVRTC for CUDA 13 beside CuPy for CUDA 12, which loads the newest.
         replace(WELL_12, nvrtc=(13, 0), nvrtc_archs=NVRTC_13_0),
         "nvrtc-newer-than-driver",
