@@ -91,6 +91,8 @@ def sample(step: int) -> Sample:
     for process in _family(Path("/proc/self").resolve()):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
             lines = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+            if _KINDS[0] not in lines:  # it has ended, and nobody has asked for its exit code yet
+                continue
             memory += sum(int(lines[kind].split()[0]) for kind in _KINDS) * 1024 / 1e6
             files += len(os.listdir(process / "fd"))
             threads += len(os.listdir(process / "task"))

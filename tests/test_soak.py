@@ -62,18 +62,21 @@ with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block, 
     for start in range(0, size, mmap.PAGESIZE):
         block[start] = 1
     end = threading.Event()
-    thread = threading.Thread(target=end.wait)
+    thread = threading.Thread(target=end.wait, daemon=True)
     thread.start()
     os.write(asked[1], b"x")
     os.read(told[0], 1)
     during = sample(2)
     os.write(asked[1], b"x")
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    ended = sample(3)
     os.waitpid(child, 0)
     end.set()
     thread.join()
 while os.path.exists(f"/proc/self/task/{thread.native_id}"):  # it ends for Python before it does for the system
     os.sched_yield()
-after = sample(3)
+after = sample(4)
+assert ended.processes == alone.processes, "an exit code that nobody has asked for is no process"
 assert (before.processes, after.processes) == (alone.processes + 1, alone.processes), (alone, before, after)
 assert before.memory > alone.memory, "the child counts"
 assert size / 1e6 <= during.memory - before.memory < 1.5 * size / 1e6, (before, during)

@@ -43,7 +43,12 @@ def command(*words, before=""):
 def ended(server, world, code):
     """Exit code and output of each of ``world`` processes, none of which may outlast the deadline."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    meeting = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",  # torch 2.4 asks for it
+    }
     started = [
         server.start(code, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), **meeting)
         for rank in range(world)

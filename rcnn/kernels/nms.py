@@ -202,7 +202,7 @@ def _table(boxes: Tensor) -> Tensor:
     return table
 
 
-def _overlaps(left: Tensor, right: Tensor, iou_threshold: float) -> Tensor:
+def _overlaps(left: Tensor, right: Tensor, iou_threshold: float | Tensor) -> Tensor:
     """``(..., I, J)``: 1 where the IoU of columns of two tables ``(5, ..., I)`` and ``(5, ..., J)`` exceeds the
     threshold, else 0, in the tables' dtype, which takes a fraction of the time that bool does.
 
@@ -214,6 +214,13 @@ def _overlaps(left: Tensor, right: Tensor, iou_threshold: float) -> Tensor:
     inter.mul_(torch.minimum(left[3], right[3]).sub_(torch.maximum(left[1], right[1])))
     union = (left[4] + right[4]).sub_(inter)
     return inter.div_(union).gt_(iou_threshold)
+
+
+def _later(table: Tensor, iou_threshold: float) -> Tensor:
+    """``(..., I, I)``: :func:`_overlaps` of a table with itself, 1 only where a column strikes a later one."""
+    columns = table.shape[-1]
+    limits = table.new_full((columns, columns), math.inf).tril_().clamp_(min=iou_threshold)
+    return _overlaps(table, table, limits)
 
 
 def _settle(suppresses: Tensor, alive: Tensor) -> Tensor:
@@ -236,7 +243,7 @@ def _greedy(table: Tensor, iou_threshold: float, max_output: int) -> Tensor:
     while len(index) and found < max_output:
         head, table = table[:, :CHUNK], table[:, CHUNK:]
         alive = head.new_ones(1, head.shape[1])
-        kept = _settle(_overlaps(head, head, iou_threshold).triu_(1)[None], alive)[0]
+        kept = _settle(_later(head, iou_threshold)[None], alive)[0]
         parts.append(index[:CHUNK][kept])
         found += len(parts[-1])
         index = index[CHUNK:]
@@ -273,7 +280,7 @@ def _solve(table: Tensor, starts: Tensor, counts: Tensor, iou_threshold: float, 
             alive = offset < sizes[first:last, None]
             column = starts[first:last, None] + torch.where(alive, offset, 0)
             group = table.index_select(1, column.flatten()).view(-1, *column.shape)
-            parts.append(column[_settle(_overlaps(group, group, iou_threshold).triu_(1), alive.to(table.dtype))])
+            parts.append(column[_settle(_later(group, iou_threshold), alive.to(table.dtype))])
         first = last
     return torch.cat(parts) if parts else starts[:0]
 
