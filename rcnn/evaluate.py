@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from rcnn import console, detector, distributed, engine
-from rcnn.config import LoaderConfig
+from rcnn.config import LoaderConfig, Precision
 from rcnn.data import open_dataset
 from rcnn.files import check_target, write_json
 
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--workers", type=int, default=-1, help="loading processes; -1: one for every two cores, at most 8"
     )
+    parser.add_argument("--half", type=bool, default=False, help="compute in 16 bits, as predict does with it")
     parser.add_argument("--one_based", type=bool, default=True, help="VOC corners count from 1 and include both ends")
     parser.add_argument("--strict", type=bool, default=False, help="stop at the first bad image or object")
     options = parser.read(argv)
@@ -48,7 +49,9 @@ def _evaluate(options: Any) -> None:
             options.data, options.split, classes=model.classes, one_based=options.one_based, strict=options.strict
         )
         loading = LoaderConfig(batch_size=options.batch_size, workers=options.workers, color=0.0, scale=(1.0, 1.0))
-        found = engine.evaluate(model, engine.loader_for(model, dataset, loading, train=False), dataset)
+        loader = engine.loader_for(model, dataset, loading, train=False)
+        precision: Precision = "tf32" if not options.half else "fp16" if device.type == "cuda" else "bf16"
+        found = engine.evaluate(model, loader, dataset, precision=precision)
     finally:
         distributed.shutdown()
     if found is None:
@@ -58,6 +61,7 @@ def _evaluate(options: Any) -> None:
         "data": options.data,
         "split": options.split,
         "images": len(dataset),
+        "precision": precision,
         "losses": found.losses,
         "voc": found.voc,
         "coco": found.coco,

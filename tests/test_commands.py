@@ -16,10 +16,10 @@ import yaml
 from PIL import Image
 
 import rcnn
-from rcnn import cli, run_folder
+from rcnn import cli, engine, run_folder
 from rcnn.checkpoint import read_state
-from rcnn.config import TrainConfig
-from rcnn.data import flowers
+from rcnn.config import LoaderConfig, TrainConfig
+from rcnn.data import flowers, open_dataset
 
 #: On a CPU, wherever the tests run: runs are compared bit by bit, and several processes need no GPU each.
 CPU = ["--device", "cpu"]
@@ -177,6 +177,20 @@ def test_evaluate_writes_both_kinds_of_ap(run, data, capsys):
     assert set(content["voc"]["per_class"]) == {"daisy", "tulip"}
     best = max(float(row["AP"]) for row in csv.DictReader((run / "results.csv").open()))
     assert content["coco"]["AP"] == pytest.approx(best, abs=1e-12), "evaluate must repeat what training measured"
+
+
+def test_evaluate_computes_in_16_bits(run, data, tmp_path):
+    out = tmp_path / "half.json"
+    words = ["--checkpoint", str(run), "--data", str(data), "--workers", "0", "--batch_size", "4", "--out", str(out)]
+    cli.main(["evaluate", *CPU, *words, "--half", "true"])
+    content = json.loads(out.read_text())
+    model, dataset = rcnn.load(run, "cpu"), open_dataset(data, "val")
+    loading = LoaderConfig(batch_size=4, workers=0, color=0.0, scale=(1.0, 1.0))
+    loader = engine.loader_for(model, dataset, loading, train=False)
+    whole, half = (engine.evaluate(model, loader, dataset, precision=each) for each in ("tf32", "bf16"))
+    assert content["precision"] == "bf16"
+    assert content["losses"] == half.losses != whole.losses
+    assert content["coco"] == half.coco
 
 
 def test_a_file_that_cannot_be_written_is_told_before_the_work(run, data, tmp_path, capsys, monkeypatch):
