@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rcnn import __version__, console
+from rcnn.kernels import _launch
 from rcnn.machine import CUPY, GPU, Facts, Version, dotted, gather
 
 PROG = "rcnn env"
@@ -254,14 +255,11 @@ def _runs_on(arch: str, capability: Version) -> bool:
 
 
 def _unknown_to_nvrtc(facts: Facts, newer: bool) -> GPU | None:
-    """The first GPU that NVRTC compiles no machine code for, among those newer than all it knows or among the others.
-
-    The driver can finish a kernel for a newer GPU, not for another: the rule of ``_launch.target``.
-    """
-    known = [f"sm_{arch}" for arch in facts.nvrtc_archs]
-    for gpu in facts.gpus if known else ():
-        is_newer = gpu.capability > divmod(facts.nvrtc_archs[-1], 10)
-        if is_newer is newer and not any(_runs_on(arch, gpu.capability) for arch in known):
+    """The first GPU that NVRTC compiles no machine code for: one whose driver can finish a kernel, or one for which
+    there is no way."""
+    for gpu in facts.gpus if facts.nvrtc_archs else ():
+        found = _launch.fitting(gpu.capability, facts.nvrtc_archs)
+        if (found or "none").startswith("compute_" if newer else "none"):
             return gpu
     return None
 

@@ -92,6 +92,12 @@ def tally(emulator: Emulator, fault: int) -> list[int]:
     return out.tolist()
 
 
+def pass_on(emulator: Emulator, fault: int) -> list[int]:
+    out = torch.zeros(32, dtype=torch.int32)
+    emulator.launch(faults(fault), "pass_on", 1, 32, (out,))
+    return out.tolist()
+
+
 SUMS = [sum(range(first, min(first + 64, 200))) for first in range(0, 200, 64)]
 
 
@@ -109,6 +115,7 @@ def test_sound_kernels_are_right_in_every_order(kind: str) -> None:
             assert last_block(emulator, SOUND) == 10
             assert reverse(emulator, SOUND) == list(range(THREADS))[::-1]
             assert tally(emulator, SOUND) == [THREADS] * THREADS
+            assert pass_on(emulator, SOUND) == [(lane + 2) % 32 for lane in range(32)]
 
 
 def test_a_missing_barrier_shows_as_another_result(plain: Emulator) -> None:
@@ -145,6 +152,13 @@ def test_an_atomic_hides_no_plain_access(races: Emulator, fault: int) -> None:
     for seed in range(21):
         with races.order(seed), pytest.raises(EmulatorError, match="tally: a data race: thread"):
             tally(races, fault)
+
+
+@pytest.mark.parametrize("fault", [16, 17])
+def test_a_vote_or_shuffle_orders_no_memory(races: Emulator, fault: int) -> None:
+    for seed in range(5):
+        with races.order(seed), pytest.raises(EmulatorError, match="pass_on: a data race: thread"):
+            pass_on(races, fault)
 
 
 @pytest.mark.parametrize("kind", ["", "races"])

@@ -33,7 +33,8 @@ class _Function:
 
     def __init__(self, name: str, path: str) -> None:
         self.name, self.path = name, path
-        self.max_dynamic_shared_size_bytes = 48 << 10
+        self.max_dynamic_shared_size_bytes = 0  # nobody has asked
+        self.shared_size_bytes = 1 << 10
 
     @property
     def kernel(self) -> "_Function":
@@ -109,12 +110,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[types.Simpl
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: fake.capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=4000 + index))
-    for cached in (_launch._load, _launch._say_once, _launch._memory):
+    for cached in (_launch._load, _launch._say_once, _launch._temporary):
         cached.cache_clear()
     monkeypatch.setattr(_launch, "_packed", _launch._Packed())
     _Device.entered.clear()
     yield fake
-    for cached in (_launch._load, _launch._say_once, _launch._memory):
+    for cached in (_launch._load, _launch._say_once, _launch._temporary):
         cached.cache_clear()
 
 
@@ -176,10 +177,11 @@ def test_more_than_48_kb_of_shared_memory_is_asked_for(gpu: types.SimpleNamespac
     kernels = source()
     args = (torch.zeros(64), torch.zeros(64))
     loaded = _launch.load(kernels, None, 1)["reverse"]
-    for shared, most in ((48 << 10, 48 << 10), (64 << 10, 64 << 10), (50 << 10, 64 << 10)):
-        _launch.launch(kernels, "reverse", 1, 64, args, shared=shared)
-        assert loaded.function.max_dynamic_shared_size_bytes == most
-    assert [made.shared for made in gpu.launches] == [48 << 10, 64 << 10, 50 << 10]
+    # The kernel has 1 KB of its own, and both together have 48 KB without asking.
+    for kilobytes, most in ((47, 0), (48, 48), (64, 64), (50, 64)):
+        _launch.launch(kernels, "reverse", 1, 64, args, shared=kilobytes << 10)
+        assert loaded.function.max_dynamic_shared_size_bytes == most << 10
+    assert [made.shared for made in gpu.launches] == [47 << 10, 48 << 10, 64 << 10, 50 << 10]
 
 
 @pytest.mark.parametrize(
@@ -275,6 +277,48 @@ def test_a_cache_folder_that_cannot_be_written_is_said_once(
         _launch.launch(source(), "split", 1, 64, (torch.zeros(64, dtype=torch.int32),))
         _launch.launch(source(THREADS=32), "split", 1, 32, (torch.zeros(64, dtype=torch.int32),))
     assert len(seen) == 1
+
+
+def test_memory_or_a_temporary_folder_takes_what_the_cache_does_not(
+    gpu: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def folder(prefix: str, dir: str | None) -> types.SimpleNamespace:
+        if dir or not room:
+            raise OSError(28, "No space left on device")
+        return types.SimpleNamespace(name=str(tmp_path))
+
+    monkeypatch.setattr(_launch, "cache_folder", lambda: Path("/proc/none"))
+    monkeypatch.setattr(_launch.tempfile, "TemporaryDirectory", folder)
+    args = (torch.zeros(64, dtype=torch.int32),)
+    room = False
+    nowhere = pytest.raises(KernelError, match="neither in /proc/none nor in a temporary folder: .*No space left")
+    with pytest.warns(UserWarning, match="kept for this process only"), nowhere:
+        _launch.launch(source(THREADS=64), "split", 1, 64, args)
+    room = True
+    _launch.launch(source(THREADS=64), "split", 1, 64, args)
+    assert [file.suffix for file in tmp_path.iterdir() if file.is_file()] == [".cubin"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "known", "found"),
+    [
+        ((8, 9), (80, 86, 87, 89), "sm_89"),
+        ((8, 9), (80, 86, 87), "sm_86"),
+        ((8, 7), (80, 86, 87, 89), "sm_87"),  # a Jetson's own
+        ((8, 7), (80, 86, 89), None),  # which runs no other's
+        ((10, 3), (90, 100, 101, 120), "sm_100"),
+        ((10, 3), (90, 101, 120), None),
+        ((10, 3), (90, 101), "compute_101"),
+        ((6, 1), (50, 53, 60, 62), "sm_60"),
+        ((12, 1), (75, 90), "compute_90"),
+        ((6, 1), (75, 90), None),
+        ((6, 1), (), None),
+    ],
+)
+def test_machine_code_of_a_jetson_is_for_it_alone(
+    capability: tuple[int, int], known: tuple[int, ...], found: str | None
+) -> None:
+    assert _launch.fitting(capability, known) == found
 
 
 def test_a_gpu_that_nvrtc_does_not_know(gpu: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,7 +195,7 @@ def test_what_env_says_of_a_folder_is_what_compiling_meets(tmp_path):
             warnings.simplefilter("always")
             path = _launch._compiled(SOURCE, None, "sm_90", anew=True)
         assert any("kept for this process only" in str(each.message) for each in said), said
-        assert path.parent == _launch._memory() and os.environ["CUPY_CACHE_DIR"] == str(_launch._memory())
+        assert path.stat().st_size and os.environ["CUPY_CACHE_DIR"] == str(path.parent)
     """
     done = run_env(program=("-c", code), **variables)
     assert done.returncode == 0, done.stderr

@@ -328,20 +328,20 @@ def test_torchrun_restarts_a_job_from_its_last_checkpoint(server, data, folder):
     try:
         end = time.monotonic() + DEADLINE
         while not run_folder.states(out):
-            assert agent.poll() is None and time.monotonic() < end, output.read_text()
+            assert agent.poll() is None and time.monotonic() < end, output.read_text(encoding="utf-8")
             time.sleep(0.01)
         (victim,) = [pid for pid in children(agent.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
         os.kill(victim, signal.SIGKILL)
         together(server, 2, command(*words, "--out", whole))
-        assert agent.wait(DEADLINE) == 0, output.read_text()
+        assert agent.wait(DEADLINE) == 0, output.read_text(encoding="utf-8")
     except subprocess.TimeoutExpired:
-        pytest.fail(output.read_text())
+        pytest.fail(output.read_text(encoding="utf-8"))
     finally:
         if agent.poll() is None:
             for pid in [*children(agent.pid), agent.pid]:
                 os.kill(pid, signal.SIGKILL)
             agent.wait()
-    shown = output.read_text()
+    shown = output.read_text(encoding="utf-8")
     assert f"failed (exitcode: -9) local_rank: 1 (pid: {victim})" in shown
     (step,) = re.findall(r"going on after step (\d+), from ", shown)
     assert 2 <= int(step) < 10 and shown.count("  step 1/10  ") == 1, "begun once"

@@ -39,8 +39,11 @@ HERE = Path(__file__).parent
 SCALARS = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 #: Options of every compilation. No fused multiply-add: areas, IoU and clipping have the bits of the CPU.
 OPTIONS = ("-std=c++17", "--fmad=false")
-#: Shared memory in bytes that a block gets without asking.
+#: Shared memory in bytes that a block gets without asking, static and dynamic together.
 SHARED_LIMIT = 48 << 10
+#: GPUs of Jetson boards: their machine code runs on no other GPU, nor that of another on them (CUDA C++ Programming
+#: Guide, "Binary Compatibility").
+_TEGRA = {53, 62, 72, 87, 88, 101, 110}
 #: The command that knows the driver, the wheels and the line that mends them.
 _ADVICE = "python -m rcnn.env gives the pip line that mends it"
 
@@ -222,11 +225,12 @@ def _three(extent: int | tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclass
 class _Loaded:
-    """A kernel on a device: CuPy's object, the driver's handle, and the dynamic shared memory that it may have."""
+    """A kernel on a device: CuPy's object, the driver's handle, and the dynamic shared memory that it may have, which
+    is what its static one leaves."""
 
     function: Any
     pointer: int
-    shared: int = SHARED_LIMIT
+    shared: int
 
 
 def load(source: CudaSource, dtype: torch.dtype | None, index: int) -> dict[str, _Loaded]:
@@ -258,7 +262,10 @@ def _load(source: CudaSource, dtype: torch.dtype | None, index: int) -> dict[str
                 module = cupy.RawModule(path=str(path))
                 functions = {name: module.get_function(name) for name in source.kernels()}
                 # Asking for the handle loads the module now: it must not happen during a graph's capture.
-                return {name: _Loaded(function, function.kernel.ptr) for name, function in functions.items()}
+                return {
+                    name: _Loaded(function, function.kernel.ptr, SHARED_LIMIT - function.shared_size_bytes)
+                    for name, function in functions.items()
+                }
             except Exception as error:  # CuPy has no common base of the driver's errors
                 failure = error
         raise KernelError(
@@ -267,8 +274,27 @@ def _load(source: CudaSource, dtype: torch.dtype | None, index: int) -> dict[str
         ) from failure
 
 
+def fitting(capability: tuple[int, int], known: Sequence[int]) -> str | None:
+    """The best that NVRTC can make for a GPU.
+
+    Args:
+        capability: compute capability of the GPU.
+        known: compute capabilities, times 10, that NVRTC compiles for.
+
+    Returns:
+        ``sm_90``; or ``compute_120`` for the driver to finish, for a GPU newer than all of them; or None.
+    """
+    wanted = 10 * capability[0] + capability[1]
+    # Machine code runs on every later minor version of the same major.
+    same = [arch for arch in known if arch // 10 == capability[0] and arch <= wanted]
+    fits = [arch for arch in same if arch == wanted or not {arch, wanted} & _TEGRA]
+    if fits:
+        return f"sm_{max(fits)}"
+    return f"compute_{max(known)}" if known and wanted > max(known) else None
+
+
 def target(capability: tuple[int, int], name: str) -> str:
-    """What to compile for on a GPU: ``sm_90``, or ``compute_120`` for the driver to finish on a newer one.
+    """What to compile for on a GPU, as :func:`fitting` says.
 
     Args:
         capability: compute capability of the GPU.
@@ -277,21 +303,20 @@ def target(capability: tuple[int, int], name: str) -> str:
     Raises:
         KernelError: NVRTC no longer compiles for this GPU.
     """
-    known, wanted = nvrtc_archs(), 10 * capability[0] + capability[1]
-    fits = [arch for arch in known if arch // 10 == capability[0] and arch <= wanted]
-    if fits:
-        return f"sm_{max(fits)}"  # runs on every later minor version of the same major
-    if wanted > max(known):
+    known = nvrtc_archs()
+    found = fitting(capability, known)
+    if found is None:
+        raise KernelError(
+            f"{name} (compute capability {capability[0]}.{capability[1]}) is none of those that NVRTC {_version()} "
+            f"compiles for ({', '.join(f'{arch // 10}.{arch % 10}' for arch in known)}); {_ADVICE}"
+        )
+    if found.startswith("compute_"):
         warnings.warn(
             f"{name} (compute capability {capability[0]}.{capability[1]}) is newer than NVRTC {_version()} knows, so "
-            f"that its driver compiles from compute_{max(known)}, which takes longer; {_ADVICE}",
+            f"that its driver compiles from {found}, which takes longer; {_ADVICE}",
             stacklevel=2,
         )
-        return f"compute_{max(known)}"
-    raise KernelError(
-        f"{name} (compute capability {capability[0]}.{capability[1]}) is none of those that NVRTC {_version()} "
-        f"compiles for ({', '.join(f'{arch // 10}.{arch % 10}' for arch in known)}); {_ADVICE}"
-    )
+    return found
 
 
 def compile_source(
@@ -340,15 +365,31 @@ def cache_folder() -> Path:
     return Path(base) / "rcnn" / "kernels"
 
 
+def _keep_here(name: str, content: bytes) -> Path:
+    """Write a file for this process alone, gone when it ends: in memory, or else where temporary files go.
+
+    Raises:
+        KernelError: it can be written in neither.
+    """
+    for place in ("/dev/shm", None):
+        try:
+            path = Path(_temporary(place)) / name
+            path.write_bytes(content)
+            return path
+        except OSError as error:
+            failure = error
+    raise KernelError(
+        f"a compiled kernel can be kept neither in {cache_folder()} nor in a temporary folder: {failure}"
+    ) from failure
+
+
 @cache
-def _memory() -> Path:
-    """A folder for this process alone, gone when it ends, where the cache folder cannot be written."""
-    folder = tempfile.TemporaryDirectory(prefix="rcnn-kernels-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
-    _kept_open.append(folder)
-    return Path(folder.name)
+def _temporary(place: str | None) -> str:
+    _kept_open.append(tempfile.TemporaryDirectory(prefix="rcnn-kernels-", dir=place))
+    return _kept_open[-1].name
 
 
-_kept_open: list[Any] = []
+_kept_open: list[tempfile.TemporaryDirectory] = []
 
 
 def _compiled(source: CudaSource, dtype: torch.dtype | None, arch: str, anew: bool) -> Path:
@@ -367,9 +408,7 @@ def _compiled(source: CudaSource, dtype: torch.dtype | None, arch: str, anew: bo
         return folder / name
     except OSError as error:
         _say_once(f"compiled kernels are kept for this process only, because {folder} cannot be written: {error}")
-        path = _memory() / name
-        path.write_bytes(binary)
-        return path
+        return _keep_here(name, binary)
 
 
 @cache
@@ -399,7 +438,7 @@ def _cupy() -> Any:
         # of our kernels goes there.
         os.makedirs(os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache")), exist_ok=True)
     except OSError:
-        os.environ["CUPY_CACHE_DIR"] = str(_memory())
+        os.environ["CUPY_CACHE_DIR"] = str(_keep_here("empty", b"").parent)
     try:
         import cupy
     except Exception as error:  # a broken installation can raise anything

@@ -302,7 +302,8 @@ __device__ __forceinline__ void nms_strike(unsigned long long keep, int count, i
     const NmsPair pair = nms_pair(*c.group, count);
 #pragma unroll 1
     for (int word = warp; 32 * word < places; word += c.warps) {
-        const unsigned bits = c.words->stands[word];
+        // Lane 0 alone reads what it writes below: the votes between order no memory.
+        const unsigned bits = __shfl_sync(WARP_MASK, lane == 0 ? c.words->stands[word] : 0u, 0);
         if (bits == 0u) continue;
         unsigned low = static_cast<unsigned>(keep), high = static_cast<unsigned>(keep >> 32);
         if (c.warps > 1) {

@@ -38,9 +38,15 @@ def warmup(device: torch.device | str | int | None = None) -> None:
         ValueError: the device is not a CUDA device.
         rcnn.kernels._launch.KernelError: CuPy, NVRTC, the GPU or the cache fails; the message says what mends it.
     """
-    where = torch.device("cuda" if device is None else device)
+    try:
+        where = torch.device("cuda" if device is None else device)
+    except RuntimeError:
+        raise ValueError(f"device must be a CUDA device, as cuda or cuda:1, got {device!r}") from None
     if where.type != "cuda":
         raise ValueError(f"warmup is for CUDA devices, got {where}: the CPU has nothing to compile")
+    found = torch.cuda.device_count()
+    if (where.index or 0) >= found:
+        raise ValueError(f"device must be one of the {found} CUDA devices that torch finds, got {where}")
     index = torch.cuda.current_device() if where.index is None else where.index
     for source in SOURCES:
         for dtype in source.dtypes:

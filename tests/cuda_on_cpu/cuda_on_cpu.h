@@ -254,7 +254,7 @@ RUNTIME static void complete(Fiber* warp, unsigned mask, Op op) {
         }
         fiber.state = READY;
     }
-    races::warp_barrier(static_cast<int>(warp - fibers), mask);
+    if (op == SYNC) races::warp_barrier(static_cast<int>(warp - fibers), mask);
 }
 
 RUNTIME static uint64_t collective(int line, Op op, unsigned mask, uint64_t value, int source, int width) {

@@ -108,3 +108,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) tally(int* out) {
         if (FAULT != 15) __syncthreads();
     }
 }
+
+// Each lane gets its neighbour's value through shared memory. FAULT 16 lets a vote stand for the barrier of the warp, and
+// FAULT 17 a shuffle for the one that keeps the next round's write behind the read.
+extern "C" __global__ void __launch_bounds__(32) pass_on(int* out) {
+    __shared__ int held[32];
+    int value = threadIdx.x;
+    for (int round = 0; round < 2; round++) {
+        held[threadIdx.x] = value;
+        FAULT == 16 ? (void)__ballot_sync(0xffffffffu, value) : __syncwarp();
+        value = held[(threadIdx.x + 1) % 32];
+        FAULT == 17 ? (void)__shfl_sync(0xffffffffu, value, 0) : __syncwarp();
+    }
+    out[threadIdx.x] = value;
+}

@@ -1,9 +1,9 @@
 // Data races, by the rules and not by luck: built with -fsanitize=thread, whose calls at each read and write come here.
 //
-// Each thread of a block has a vector clock over the threads of its warp, joined by the collectives of the warp, and the
-// block has a count of its barriers. Two accesses to a byte by different threads, one of them a write and not both
-// atomic, are a race unless a barrier or a collective stands between them. Between blocks of a launch nothing does but
-// this: one block has called __threadfence() and then updates a number atomically, another updates it later and calls
+// Each thread of a block has a vector clock over the threads of its warp, joined by __syncwarp(), and the block has a
+// count of its barriers. Two accesses to a byte by different threads, one of them a write and not both atomic, are a race
+// unless one of these barriers stands between them; votes, shuffles and reductions pass values and order no memory (CUDA
+// C++ Programming Guide, warp vote and shuffle functions). Between blocks of a launch nothing orders but this: one block has called __threadfence() and then updates a number atomically, another updates it later and calls
 // __threadfence(). What the first did before is ordered with what the second does after, if each has a barrier of the
 // block, or the same thread, between its part and the atomic.
 #pragma once
@@ -33,8 +33,8 @@ struct Access {
 
 // Accesses of one kind that need not be ordered among themselves: the last one, and the last ones before it by another
 // thread of its warp, by another warp of its block and by another block. Whatever thread comes next, those of other
-// warps since the last barrier are among them, if there are any; within a warp that is so as long as its collectives
-// are of the whole warp.
+// warps since the last barrier are among them, if there are any; within a warp that is so as long as its barriers are of
+// the whole warp.
 struct Unordered {
     Access last, thread, warp, block;
 };
