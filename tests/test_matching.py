@@ -143,6 +143,18 @@ def test_low_quality_needs_an_overlap() -> None:
     assert not labels.any()
 
 
+def test_low_quality_needs_an_iou_above_0_in_float32() -> None:
+    """An area of 4e-38 is a normal number of float32, and 4e-38 / 1e38 is 0."""
+    labels, matched = match(
+        torch.tensor([[0.0, 0.0, 1e19, 1e19]]),
+        *one([(0.0, 0.0, 2e-19, 2e-19)]),
+        high_threshold=0.7,
+        low_threshold=0.3,
+        allow_low_quality_matches=True,
+    )
+    assert (labels.tolist(), matched.tolist()) == ([[0]], [[-1]])
+
+
 @pytest.mark.parametrize(
     ("region", "expected"),
     [

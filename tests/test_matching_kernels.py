@@ -250,6 +250,24 @@ def test_equal_boxes_and_boxes_on_the_border(both: Both) -> None:
             check(*both(match_anchors, boxes, targets, **options))
 
 
+@pytest.mark.parametrize("offsets", [(0, 3, 100), (0, 9, 12), (-2, 2, 8), (0, 2**32, 2**32 + 3)])
+def test_offsets_end_with_the_rows(emulator: Emulator, offsets: tuple[int, ...]) -> None:
+    """Rows that lie before and behind them in memory would match; before and behind a copy lies nothing to read."""
+    boxes, found, targets = random_boxes(200, 8), make_proposals(2, 70), make_targets([45, 0])
+    options = {"seed": 1, "step": torch.tensor(3), "batch_size_per_image": 64}
+    part = replace(targets, boxes=targets.boxes[20:25], labels=targets.labels[20:25], offsets=torch.tensor(offsets))
+    copy = replace(part, boxes=part.boxes.clone(), labels=part.labels.clone())
+    clamped = replace(copy, offsets=part.offsets.clamp(0, 5))
+    for rows in (part, copy):
+        for op in (
+            lambda x: match(boxes, *truth(x), high_threshold=0.7, low_threshold=0.3),
+            lambda x: vars(match_proposals(found, x, **options)).values(),
+            lambda x: match(boxes, *truth(x), **LOW_QUALITY),
+            lambda x: vars(match_anchors(boxes, x, **options)).values(),
+        ):
+            assert all(torch.equal(one, other) for one, other in zip(op(rows), op(clamped), strict=True))
+
+
 def test_strided_inputs_are_read_right_and_left_alone(both: Both) -> None:
     targets, wide = make_targets([30, 4]), random_boxes(400, 6).repeat(1, 2)
     strided = Targets(

@@ -218,11 +218,12 @@ def test_anchors_beyond_the_border_take_no_part() -> None:
         assert int((samples.labels == -1).sum()) == 4 - len(positive | negative)
 
 
+@pytest.mark.parametrize("options", [{}, {"box_weights": (10.0, 8.0, 5.0, 4.0)}])
 @pytest.mark.parametrize("size", [8, 48, 300])
-def test_proposal_samples_equal_the_oracle(size: int) -> None:
+def test_proposal_samples_equal_the_oracle(size: int, options: dict[str, Any]) -> None:
     targets, found = make_targets([6, 0, 9]), make_proposals(3)
-    weights = (10.0, 10.0, 5.0, 5.0)
-    samples = match_proposals(found, targets, seed=SEED, step=torch.tensor(STEP), batch_size_per_image=size)
+    weights = options.get("box_weights", (10.0, 10.0, 5.0, 5.0))
+    samples = match_proposals(found, targets, seed=SEED, step=torch.tensor(STEP), batch_size_per_image=size, **options)
     offsets = targets.offsets.tolist()
     gt_boxes, gt_labels = targets.boxes.tolist(), targets.labels.tolist()
     for image, image_id in enumerate(targets.image_ids.tolist()):
@@ -259,6 +260,29 @@ def test_ground_truth_joins_as_candidates() -> None:
     assert sorted(samples.rois[drawn, 1:].tolist()) == sorted(targets.boxes.tolist())
     assert torch.equal(samples.rois[drawn, 1:], samples.matched_boxes[drawn])
     assert not samples.deltas.any()
+
+
+@pytest.mark.parametrize(
+    ("row", "label"),
+    [
+        ((0.0, 0.0, 10.0, 9.0), -1),  # an ignore region, with an IoU of 0.9 with the row that joins
+        ((30.0, 30.0, 30.0, 40.0), 1),
+        ((30.0, 30.0, 40.0, 30.0), 1),
+        ((0.0, 0.0, 1e20, 1e20), 1),  # its area overflows
+    ],
+)
+def test_ground_truth_that_does_not_join(row: tuple[float, ...], label: int) -> None:
+    targets = Targets(
+        torch.tensor([row, (0.0, 0.0, 10.0, 10.0)]),
+        torch.tensor([label, 2]),
+        torch.tensor([0, 2]),
+        torch.tensor([[64.0, 96.0]]),
+        torch.tensor([0]),
+    )
+    none = Proposals(torch.zeros(1, 5, 4), torch.zeros(1, 5), torch.tensor([0]))
+    samples = match_proposals(none, targets, seed=SEED, step=torch.tensor(STEP), batch_size_per_image=16)
+    assert samples.labels.tolist() == [2] + [-1] * 15
+    assert samples.rois[0].tolist() == [0.0, 0.0, 0.0, 10.0, 10.0]
 
 
 def test_degenerate_ground_truth_gives_finite_samples() -> None:
