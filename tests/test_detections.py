@@ -160,6 +160,26 @@ def test_each_class_has_its_own_deltas(device: torch.device) -> None:
     assert result.boxes[0, :2].tolist() == [[24.0, 16.0, 32.0, 24.0], [16.0, 8.0, 24.0, 16.0]]
 
 
+def test_each_delta_has_its_own_weight(device: torch.device) -> None:
+    delta, weights = [8.0, 1.0, 3.0, -1.5], (8.0, 4.0, 5.0, 2.0)
+    boxed = [16.0, 16.0, 24.0, 24.0]
+    logits, deltas = torch.zeros(1, 2, device=device), torch.tensor([[0.0] * 4 + delta], device=device)
+    result = detections(logits, deltas, one(boxed, device), SIZES[:1].to(device), box_weights=weights)
+    expected = torch.tensor(reference.decode(delta, boxed, weights))
+    # Four eps of the largest coordinate, 35.3: an exponential, two products and a sum.
+    torch.testing.assert_close(result.boxes[0, 0].cpu(), expected, rtol=0, atol=4 * EPS * 35.3)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_side_of_a_hundredth_is_kept(side: int, device: torch.device) -> None:
+    least = torch.tensor(0.01)
+    for extent, count in ((least, 1), (least.nextafter(torch.tensor(0.0)), 0)):
+        boxed = [0.0, 0.0, 9.0, 9.0]
+        boxed[2 + side] = extent.item()
+        result = run(torch.zeros(1, 2, device=device), torch.zeros(1, 8, device=device), one(boxed, device))
+        assert result.count.tolist() == [count]
+
+
 def test_boxes_shorter_than_a_hundredth_are_dropped(device: torch.device) -> None:
     wide = torch.tensor([[0.0, 0.0, 0.02, 9.0], [20.0, 0.0, 20.005, 9.0], [63.995, 0.0, 80.0, 9.0]])
     found = Proposals(wide[None], torch.zeros(1, 3), torch.tensor([3])).to(device)
@@ -176,12 +196,13 @@ def test_values_that_are_not_finite_are_dropped(device: torch.device) -> None:
     check(run(logits, deltas, found), logits, deltas, found, 0.05, 0.5, 100)
 
 
-def test_a_box_that_grows_to_infinity_is_dropped(device: torch.device) -> None:
-    """Half of 1e38 * exp(16 / 4) is beyond float32; clipping would make a box of the whole image of it."""
-    found = one([0.0, 0.0, 1e38, 1.0], device)
-    for dw, count in ((16.0, 0), (0.0, 1)):
-        deltas = torch.tensor([[0.0] * 4 + [0.0, 0.0, dw, 0.0]], device=device)
-        assert run(torch.zeros(1, 2, device=device), deltas, found).count.tolist() == [count]
+@pytest.mark.parametrize(("height", "dw", "count"), [(1.0, 16.0, 0), (1e38, 0.0, 0), (1.0, 0.0, 1)])
+def test_a_box_that_grows_to_infinity_is_dropped(height: float, dw: float, count: int, device: torch.device) -> None:
+    """Half of 1e38 * exp(16 / 4) is beyond float32, as is the area of 1e38 squared; clipping would make a box of the
+    whole image of it."""
+    deltas = torch.tensor([[0.0] * 4 + [0.0, 0.0, dw, 0.0]], device=device)
+    result = run(torch.zeros(1, 2, device=device), deltas, one([0.0, 0.0, 1e38, height], device))
+    assert result.count.tolist() == [count]
 
 
 def test_a_size_that_is_not_a_number_leaves_nothing(device: torch.device) -> None:

@@ -316,15 +316,22 @@ def test_any_order_of_threads_and_blocks_gives_the_same(emulator: Emulator) -> N
     boxes, scores, groups = of_every_size(side=50)
     padded = random_boxes(6 * 150, 7).view(6, 150, 4)
     count = torch.tensor([150, 0, 64, 65, 149, 1])
+    # Three groups of 64 boxes, each with its twins behind it and half as large as the one before: the warp that gathers
+    # has the largest ones, so nothing to do from the second group on, while others strike the twins.
+    row = torch.arange(384.0)
+    corner, side = 100 * torch.stack((row % 64, row // 128), dim=1), 64 * 0.5 ** (row // 128)[:, None]
+    twins = torch.cat((corner, corner + side), dim=1)
     expected = (
         _nms_cpu(boxes, scores, groups, THRESHOLDS[1]),
         *_nms_padded_cpu(padded, count, THRESHOLDS[1], 50),
+        (row % 128 < 64).nonzero().squeeze(1),
     )
     for seed in range(20):
         with emulator.order(seed):
             found = (
                 batched_nms(boxes, scores, groups, THRESHOLDS[1]),
                 *nms_padded(padded, count, THRESHOLDS[1], 50),
+                nms(twins, -row, THRESHOLDS[1]),
             )
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -411,6 +418,15 @@ def test_rows_beyond_the_count_change_nothing(device: torch.device) -> None:
         other = boxes.clone()
         other[0, 7:], other[1, 12:] = value, value
         assert all(torch.equal(a, b) for a, b in zip(nms_padded(other, count, 0.3, 20), expected, strict=True))
+
+
+def test_counts_outside_the_rows_are_clamped(device: torch.device) -> None:
+    counts = [-1, 5 - 2**32, 25, 2**40, 7]  # the low 32 bits of two of them are counts, too
+    boxes = torch.stack([random_boxes(20, 200 + q, 40) for q in range(5)])
+    keep, kept = nms_padded(boxes.to(device), torch.tensor(counts, device=device), THRESHOLDS[1], 20)
+    for q, used in enumerate((0, 0, 20, 20, 7)):
+        expected = reference.nms(boxes[q, :used].tolist(), [0] * used, [0] * used, THRESHOLDS[1])
+        assert keep[q, : kept[q]].tolist() == expected
 
 
 def test_no_problem_and_no_row(device: torch.device) -> None:

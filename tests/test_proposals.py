@@ -114,10 +114,12 @@ def test_values_that_are_not_finite_are_dropped(device: torch.device) -> None:
     check(run(objectness, deltas, 1000, 100), expected(objectness, deltas, 1000, 100, 0.7, 1e-3), 100)
 
 
-def test_a_box_that_grows_to_infinity_is_dropped(device: torch.device) -> None:
-    """Half of 1e38 * exp(4) is beyond float32; clipping would make a box of the whole image of it."""
-    anchors = torch.tensor([[0.0, 0.0, 1e38, 8.0], [0.0, 0.0, 8.0, 8.0]])
-    deltas = torch.tensor([[[0.0, 0.0, 4.0, 0.0], [0.0, 0.0, 0.0, 0.0]]])
+@pytest.mark.parametrize(("height", "dw"), [(8.0, 4.0), (1e38, 0.0)])
+def test_a_box_that_grows_to_infinity_is_dropped(height: float, dw: float, device: torch.device) -> None:
+    """Half of 1e38 * exp(4) is beyond float32, as is the area of 1e38 squared; clipping would make a box of the whole
+    image of it."""
+    anchors = torch.tensor([[0.0, 0.0, 1e38, height], [0.0, 0.0, 8.0, 8.0]])
+    deltas = torch.tensor([[[0.0, 0.0, dw, 0.0], [0.0, 0.0, 0.0, 0.0]]])
     given = (part.to(device) for part in (torch.zeros(1, 2), deltas, anchors, SIZES[:1]))
     result = proposals(*given, [2], pre_nms_top_n=2, post_nms_top_n=2)
     assert result.boxes[0].tolist() == [[0.0, 0.0, 8.0, 8.0], [0.0] * 4]

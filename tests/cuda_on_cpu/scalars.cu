@@ -27,12 +27,12 @@ extern "C" __global__ void decode(const float* deltas, const float* boxes, float
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
     const float* d = deltas + 4 * i;
-    store_box(out, i, box_decode(d[0], d[1], d[2], d[3], load_box(boxes, i), 10.0f, 10.0f, 5.0f, 5.0f));
+    store_box(out, i, box_decode(d[0], d[1], d[2], d[3], load_box(boxes, i), 10.0f, 8.0f, 5.0f, 4.0f));
 }
 
 extern "C" __global__ void encode(const float* boxes, const float* targets, float* out, int count) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
-    const float4 d = box_encode(load_box(boxes, i), load_box(targets, i), 10.0f, 10.0f, 5.0f, 5.0f);
+    const float4 d = box_encode(load_box(boxes, i), load_box(targets, i), 10.0f, 8.0f, 5.0f, 4.0f);
     store_box(out, i, {d.x, d.y, d.z, d.w});
 }
