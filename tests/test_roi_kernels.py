@@ -202,6 +202,17 @@ def test_regions_of_no_image_give_zeros(device: torch.device) -> None:
             assert grad.sum(dim=(1, 2, 3)).tolist() == [32.0, 32.0]
 
 
+def test_pools_of_regions_that_scaling_makes_infinite_are_zeros(device: torch.device) -> None:
+    corners = [(0, 0, 4, 3e38), (0, 0, 3e38, 4), (0, -3e38, 4, 4), (-3e38, 0, 4, 4), (2e38, 0, 3e38, 4)]
+    rois = torch.tensor([(0.0, *corner) for corner in corners], device=device)
+    for layout in LAYOUTS:
+        maps = torch.ones(1, 8, 9, 9, device=device).to(memory_format=layout).requires_grad_()
+        output = roi_pool(maps, rois, 2, 2.0)
+        assert torch.equal(output.cpu(), torch.zeros(5, 8, 2, 2))
+        (grad,) = torch.autograd.grad(output.sum(), maps)
+        assert not grad.any()
+
+
 @pytest.mark.parametrize("count", [0, 1, 31, 33, 127, 129, 257, 1030])
 def test_numbers_of_regions(count: int, device: torch.device) -> None:
     """On either side of what a warp, a block and a sorting block hold; the images in no order."""

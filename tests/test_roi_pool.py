@@ -12,7 +12,6 @@ from torch import Tensor
 from rcnn.kernels.roi_pool import roi_pool
 
 LAST = torch.channels_last
-LOWEST = torch.finfo(torch.float32).min
 
 
 def random_regions(count: int, images: int, side: int, seed: int) -> Tensor:
@@ -106,12 +105,13 @@ def test_bins_off_the_map_give_zero_and_pass_nothing_on(device: torch.device) ->
     assert maps.grad[0].sum() == 8
 
 
-def test_values_that_are_not_finite(device: torch.device) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_that_are_not_finite(dtype: torch.dtype, device: torch.device) -> None:
     maps = torch.tensor([[math.nan, 1.0], [math.nan, math.inf], [math.nan, math.nan], [-math.inf, math.nan]])
-    maps = maps.view(4, 1, 1, 2).to(device).requires_grad_()
+    maps = maps.view(4, 1, 1, 2).to(device, dtype).requires_grad_()
     rois = torch.tensor([[b, 0.0, 0, 1, 0] for b in range(4)], device=device)
-    output = roi_pool(maps, rois, 1)
-    assert output.flatten().tolist() == [1.0, math.inf, LOWEST, LOWEST]
+    output, lowest = roi_pool(maps, rois, 1), torch.finfo(dtype).min
+    assert output.flatten().tolist() == [1.0, math.inf, lowest, lowest]
     assert torch.equal(roi_pool(maps.detach(), rois, 1), output)
     output.sum().backward()
     assert maps.grad is not None and maps.grad.nonzero()[:, [0, 3]].tolist() == [[0, 1], [1, 1]]
