@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -171,6 +172,7 @@ CASES: list[tuple[Spoil, str]] = [
     (lambda s: s.nms(boxes=s.boxes.to(torch.float8_e5m2)), "boxes must be float32, bfloat16 or float16, got .*float8"),
     (lambda s: s.nms(boxes=s.boxes.to("meta"), scores=s.elsewhere), "boxes must hold data, got a tensor on the meta"),
     (lambda s: s.nms(iou_threshold="0.5"), "iou_threshold must be a number, got str"),
+    (lambda s: s.nms(iou_threshold=Fraction(1, 2)), "iou_threshold must be a number, got Fraction"),
     (lambda s: s.nms_padded(max_output=True), "max_output must be an integer, got True"),
     (lambda s: s.nms_padded(max_output=1 << 40), r"max_output must be an integer in 0..2147483647, got 1099511627776"),
     (lambda s: s.match(boxes=s.boxes.double()), "boxes must be float32, bfloat16 or float16, got torch.float64"),

@@ -251,7 +251,7 @@ def test_equal_boxes_and_boxes_on_the_border(both: Both) -> None:
 
 
 @pytest.mark.parametrize("offsets", [(0, 3, 100), (0, 9, 12), (-2, 2, 8), (0, 2**32, 2**32 + 3)])
-def test_offsets_end_with_the_rows(emulator: Emulator, offsets: tuple[int, ...]) -> None:
+def test_offsets_end_with_the_rows(both: Both, offsets: tuple[int, ...]) -> None:
     """Rows that lie before and behind them in memory would match; before and behind a copy lies nothing to read."""
     boxes, found, targets = random_boxes(200, 8), make_proposals(2, 70), make_targets([45, 0])
     options = {"seed": 1, "step": torch.tensor(3), "batch_size_per_image": 64}
@@ -265,7 +265,8 @@ def test_offsets_end_with_the_rows(emulator: Emulator, offsets: tuple[int, ...])
             lambda x: match(boxes, *truth(x), **LOW_QUALITY),
             lambda x: vars(match_anchors(boxes, x, **options)).values(),
         ):
-            assert all(torch.equal(one, other) for one, other in zip(op(rows), op(clamped), strict=True))
+            for found_rows, found_clamped in zip(both(op, rows), both(op, clamped), strict=True):
+                assert all(map(torch.equal, found_rows, found_clamped))
 
 
 def test_strided_inputs_are_read_right_and_left_alone(both: Both) -> None:

@@ -129,6 +129,24 @@ def test_regions_that_are_not_finite_give_zeros(value: float, device: torch.devi
         assert not grad.any()
 
 
+def test_regions_that_scaling_makes_infinite_give_zeros(device: torch.device) -> None:
+    maps = torch.ones(1, 1, 4, 4, device=device, requires_grad=True)
+    rois = torch.tensor([[0.0, 0, 0, 3, 3e38], [0, -2e38, 0, 2e38, 3], [0, 1, 1, 2, 2]], device=device)
+    output = roi_pool(maps, rois, 2, 1.5)
+    assert output.flatten(1).sum(dim=1).tolist() == [0, 0, 4]
+    output[:2].sum().backward()
+    assert maps.grad is not None and not maps.grad.any()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST])
+def test_no_channels(layout: torch.memory_format, device: torch.device) -> None:
+    maps = torch.zeros(1, 0, 4, 4, device=device).to(memory_format=layout).requires_grad_()
+    output = roi_pool(maps, torch.tensor([[0.0, 0, 0, 3, 3]], device=device), (2, 3))
+    assert output.shape == (1, 0, 2, 3)
+    output.sum().backward()
+    assert maps.grad is not None and maps.grad.shape == maps.shape
+
+
 def test_double_precision() -> None:
     maps, rois = random_map((2, 3, 9, 9), seed=4), random_regions(10, 2, 9, seed=5)
     output = roi_pool(maps.double(), rois, 3)

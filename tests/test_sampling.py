@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -176,6 +177,11 @@ def test_seed_step_and_image_change_the_draw() -> None:
     base = match_anchors(boxes, targets, **arguments)
     assert same(base, match_anchors(boxes, targets, **arguments))
     assert not torch.equal(base.index[0], base.index[1])
+    for each in (5, -5):
+        of_numpy, of_python = (
+            match_anchors(boxes, targets, **{**arguments, "seed": x}) for x in (np.int64(each), each)
+        )
+        assert same(of_numpy, of_python)
     for change in ({"seed": SEED + 1}, {"step": torch.tensor(STEP + 1)}):
         assert not torch.equal(base.index, match_anchors(boxes, targets, **{**arguments, **change}).index)
 

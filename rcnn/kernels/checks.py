@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+#: What torch takes for a number; it would not know a Fraction.
+_NUMBERS = int, float, np.integer, np.floating
 
 
 def check_tensors(tensors: dict[str, Tensor]) -> None:
@@ -71,7 +74,7 @@ def check_real(name: str, value: Any, low: float = -math.inf, high: float = math
         TypeError: it is no number.
         ValueError: it is out of range.
     """
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if not isinstance(value, _NUMBERS) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     try:
         number = float(value)
@@ -116,5 +119,5 @@ def check_weights(weights: Sequence[float]) -> None:
         ValueError: they are not.
     """
     check_sequence("box_weights", weights)
-    if len(weights) != 4 or not all(isinstance(x, Real) and 0 < float(x) < math.inf for x in weights):
+    if len(weights) != 4 or not all(isinstance(x, _NUMBERS) and 0 < float(x) < math.inf for x in weights):
         raise ValueError(f"box_weights must be 4 numbers above 0, got {tuple(weights)}")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -140,7 +141,7 @@ def match_anchors(
     positives = int(batch_size_per_image * positive_fraction)
     thresholds = high_threshold, low_threshold
     targets = _in_float32(targets)
-    return body(anchors.float(), targets, seed, step, thresholds, batch_size_per_image, positives, allowed_border)
+    return body(anchors.float(), targets, int(seed), step, thresholds, batch_size_per_image, positives, allowed_border)
 
 
 @torch.no_grad()
@@ -201,7 +202,7 @@ def match_proposals(
     positives = int(batch_size_per_image * positive_fraction)
     thresholds = high_threshold, low_threshold
     proposals, targets = replace(proposals, boxes=proposals.boxes.float()), _in_float32(targets)
-    return body(proposals, targets, seed, step, thresholds, batch_size_per_image, positives, box_weights)
+    return body(proposals, targets, int(seed), step, thresholds, batch_size_per_image, positives, box_weights)
 
 
 def _check_ground_truth(gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor, prefix: str = "gt_") -> int:
@@ -249,7 +250,7 @@ def _check_thresholds(high_threshold: float, low_threshold: float) -> None:
 
 
 def _check_sampling(seed: int, step: Tensor, batch_size_per_image: int, positive_fraction: float) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an integer, got {seed!r}")
     if step.dim() != 0 or step.dtype != torch.int64:
         raise ValueError(f"step must be an int64 tensor of shape (), got {step.dtype} of {tuple(step.shape)}")
@@ -332,7 +333,8 @@ def _outside(anchors: Tensor, image_sizes: Tensor, border: float) -> Tensor:
 def _with_ground_truth(proposals: Proposals, targets: Targets) -> tuple[Tensor, Tensor]:
     """Candidates ``(B, P + most ground truth of an image, 4)``, and which of them are in use."""
     images, capacity = proposals.boxes.shape[:2]
-    first, last = targets.offsets[:-1, None], targets.offsets[1:, None]
+    offsets = targets.offsets.clamp(0, len(targets.boxes))[:, None]
+    first, last = offsets[:-1], offsets[1:]
     most = int((last - first).max())
     rows = first + torch.arange(most, device=first.device)
     truth = torch.cat((targets.boxes, targets.boxes.new_zeros(1, 4)))

@@ -125,6 +125,8 @@ def _forward_cpu(
     batch, channels, height, width = input.shape
     if not bool(((rois[:, 0] >= 0) & (rois[:, 0] < batch)).all()):
         raise ValueError(f"boxes must name images 0..{batch - 1}, got {rois[:, 0].min()}..{rois[:, 0].max()}")
+    if not channels:
+        return input.new_empty(len(rois), 0, *size), input.new_empty(0) if needs_grad else None
     rois = rois.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
     finite = torch.isfinite(rois).all(dim=1)[:, None]
     top, tall = _axis(rois[:, 2], rois[:, 4], finite, spatial_scale, height, size[0])
@@ -250,6 +252,8 @@ class _Keys:
 
 def _backward_cpu(grad: Tensor, cells: Tensor, shape: Sequence[int], dtype: torch.dtype, last: bool) -> Tensor:
     batch, channels, height, width = shape
+    if not channels:
+        return grad.new_empty(tuple(shape))
     dtype_of_sums = torch.float64 if dtype == torch.float64 else torch.float32
     if last:
         sums = torch.zeros(math.prod(shape) + 1, dtype=dtype_of_sums, device=grad.device)
@@ -283,6 +287,7 @@ def _axis(low: Tensor, high: Tensor, finite: Tensor, scale: float, size: int, bi
     """First cell and number of cells on the map, both ``(R, bins)`` int64, of each bin along one axis."""
     first, last = _round(low * scale)[:, None], _round(high * scale)[:, None]
     step = (last - first + 1).clamp(min=1) / bins
+    finite = finite & torch.isfinite(first) & torch.isfinite(step)  # nor may scaling overflow
     number = torch.arange(bins, dtype=low.dtype, device=low.device)
     start = (torch.floor(number * step) + first).clamp(0, size)
     end = (torch.ceil((number + 1) * step) + first).clamp(0, size)
