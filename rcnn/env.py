@@ -259,7 +259,8 @@ def _unknown_to_nvrtc(facts: Facts, newer: bool) -> GPU | None:
     there is no way."""
     for gpu in facts.gpus if facts.nvrtc_archs else ():
         found = _launch.fitting(gpu.capability, facts.nvrtc_archs)
-        if (found or "none").startswith("compute_" if newer else "none"):
+        way = "none" if found is None else "driver" if found.startswith("compute_") else "machine code"
+        if way == ("driver" if newer else "none"):
             return gpu
     return None
 

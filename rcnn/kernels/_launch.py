@@ -43,7 +43,7 @@ OPTIONS = ("-std=c++17", "--fmad=false")
 SHARED_LIMIT = 48 << 10
 #: GPUs of Jetson boards: their machine code runs on no other GPU, nor that of another on them (CUDA C++ Programming
 #: Guide, "Binary Compatibility").
-_TEGRA = {53, 62, 72, 87, 88, 101, 110}
+_TEGRA = {53, 62, 72, 87, 101, 110}
 #: The command that knows the driver, the wheels and the line that mends them.
 _ADVICE = "python -m rcnn.env gives the pip line that mends it"
 
