@@ -72,11 +72,8 @@ def clip(boxes: Tensor, image_sizes: Tensor) -> Tensor:
     Returns:
         A new tensor like ``boxes`` with x in 0..width and y in 0..height of its image.
     """
-    shape = (image_sizes.shape[0],) + (1,) * (boxes.dim() - 2)
-    height, width = (side.reshape(shape) for side in image_sizes.unbind(1))
-    zero = boxes.new_zeros(())
-    limits = width, height, width, height
-    return torch.stack([x.clamp(min=zero, max=most) for x, most in zip(boxes.unbind(-1), limits, strict=True)], dim=-1)
+    limits = image_sizes.flip(1).repeat(1, 2).view(-1, *(1,) * (boxes.dim() - 2), 4)
+    return boxes.clamp(boxes.new_zeros(()), limits)
 
 
 def encode(boxes: Tensor, targets: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
@@ -133,3 +130,30 @@ def decode(deltas: Tensor, boxes: Tensor, weights: Sequence[float] = (1.0, 1.0, 
     return torch.stack(
         (center_x - half_width, center_y - half_height, center_x + half_width, center_y + half_height), dim=-1
     )
+
+
+def decode_inside(
+    deltas: Tensor,
+    boxes: Tensor,
+    image_sizes: Tensor,
+    *,
+    min_size: float,
+    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+) -> tuple[Tensor, Tensor]:
+    """:func:`decode`, then :func:`clip`, and which of the boxes are of use.
+
+    Args:
+        deltas: ``(N, 4)`` float, dx, dy, dw, dh.
+        boxes: ``(N, 4)`` float, reference boxes, pixels.
+        image_sizes: ``(N, 2)`` float, height and width of the image of each box, pixels.
+        min_size: shortest side, pixels.
+        weights: the factors given to :func:`encode`.
+
+    Returns:
+        ``(N, 4)`` float, pixels, and ``(N,)`` bool: both sides have the minimum and the area before the clipping,
+        which would hide a coordinate that is not finite, is finite.
+    """
+    decoded = decode(deltas, boxes, weights)
+    clipped = clip(decoded, image_sizes)
+    x1, y1, x2, y2 = clipped.unbind(1)
+    return clipped, (torch.minimum(x2 - x1, y2 - y1) >= min_size) & (area(decoded).abs() < math.inf)

@@ -13,17 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rcnn import boxes as geometry
 from rcnn.kernels import nms as exported
-from rcnn.kernels.nms import (
-    KERNEL_CHUNK,
-    SMALL,
-    _nms_cpu,
-    _nms_padded_cpu,
-    _overlaps,
-    _table,
-    batched_nms,
-    nms,
-    nms_padded,
-)
+from rcnn.kernels.nms import KERNEL_CHUNK, SMALL, batched_nms, nms, nms_padded
+from rcnn.kernels.nms_cpu import nms_cpu, nms_padded_cpu
 
 #: Not the ratio of small whole numbers, so no IoU of the random boxes lies on a threshold.
 THRESHOLDS = (0.0, 1 / math.pi, 1 / math.sqrt(2), 1.0)
@@ -110,16 +101,6 @@ def test_boxes_without_overlap_stay_whatever_their_extent(device: torch.device) 
     assert nms(boxes.to(device), torch.ones(7, device=device), 0.0).tolist() == list(range(7))
 
 
-def test_iou_is_that_of_boxes_to_the_bit() -> None:
-    generator = torch.Generator().manual_seed(3)
-    corner = torch.rand(200, 2, generator=generator) * 300
-    boxes = torch.cat((corner, corner + torch.rand(200, 2, generator=generator) * 200), dim=1)
-    iou = geometry.iou(boxes[:, None], boxes[None])
-    table = _table(boxes)
-    for threshold in iou[iou > 0][::1009].tolist():
-        assert torch.equal(_overlaps(table, table, threshold), iou > threshold)
-
-
 @pytest.mark.parametrize("scale", [1.0, 2e-15, 3e-19, 1e15, 1.8e19])
 @pytest.mark.parametrize("between", [0, 63, 200, KERNEL_CHUNK - 1])
 def test_pairs_on_the_threshold(between: int, scale: float, device: torch.device) -> None:
@@ -172,7 +153,7 @@ def test_large_problems(count: int, device: torch.device) -> None:
         boxes, scores = random_boxes(count, side, side), random_scores(count, side)
         boxes[:, 2:] = boxes[:, :2] + (boxes[:, 2:] - boxes[:, :2]) % 40
         boxes[7::501, 2] = math.nan
-        expected = _nms_cpu(boxes, scores, None, THRESHOLDS[1])
+        expected = nms_cpu(boxes, scores, None, THRESHOLDS[1])
         assert torch.equal(nms(boxes.to(device), scores.to(device), THRESHOLDS[1]).cpu(), expected)
 
 
@@ -215,7 +196,7 @@ def test_words_of_boxes_alike_in_size_and_place(kind: str, device: torch.device)
     boxes = apart_and_alike(kind)
     for threshold in (0.0, 1e-20, 1e-3, 0.4, 0.7, 1.0):
         scores = random_scores(len(boxes), 1)
-        expected = _nms_cpu(boxes, scores, None, threshold)
+        expected = nms_cpu(boxes, scores, None, threshold)
         assert torch.equal(nms(boxes.to(device), scores.to(device), threshold).cpu(), expected)
 
 
@@ -224,7 +205,7 @@ def test_blocks_of_few_warps_settle_large_problems(device: torch.device) -> None
     boxes = torch.stack([random_boxes(SMALL + 40, 5), random_boxes(SMALL + 40, 6)]).repeat(900, 1, 1)
     count = torch.arange(1800) % 3
     count[::300], count[1::300] = SMALL + 1, SMALL
-    expected = _nms_padded_cpu(boxes, count, 0.4, 100)
+    expected = nms_padded_cpu(boxes, count, 0.4, 100)
     found = nms_padded(boxes.to(device), count.to(device), 0.4, 100)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
 
@@ -236,9 +217,9 @@ def test_large_problems_in_a_batch(device: torch.device) -> None:
     count = torch.tensor([0, KERNEL_CHUNK, rows, 2 * KERNEL_CHUNK + 1, 100])
     boxes[2, KERNEL_CHUNK : 2 * KERNEL_CHUNK] = math.nan
     # The capacity is reached in the first chunk, in a later one, on the last box, or not at all.
-    whole = int(_nms_padded_cpu(boxes, count, THRESHOLDS[1], rows)[1][3])
+    whole = int(nms_padded_cpu(boxes, count, THRESHOLDS[1], rows)[1][3])
     for most in (1, 65, whole - 1, whole, rows):
-        expected = _nms_padded_cpu(boxes, count, THRESHOLDS[1], most)
+        expected = nms_padded_cpu(boxes, count, THRESHOLDS[1], most)
         found = nms_padded(boxes.to(device), count.to(device), THRESHOLDS[1], most)
         assert torch.equal(found[0].cpu(), expected[0])
         assert torch.equal(found[1].cpu(), expected[1])
@@ -257,7 +238,7 @@ def of_every_size(side: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_classes_of_every_size_and_name(device: torch.device) -> None:
     boxes, scores, groups = of_every_size(side=150)
-    expected = _nms_cpu(boxes, scores, groups, THRESHOLDS[1])
+    expected = nms_cpu(boxes, scores, groups, THRESHOLDS[1])
     found = batched_nms(boxes.to(device), scores.to(device), groups.to(device), THRESHOLDS[1])
     assert torch.equal(found.cpu(), expected)
     # Classes of one box each keep all that is finite.
@@ -271,7 +252,7 @@ def test_classes_that_fill_a_list(classes: int, most: int, device: torch.device)
     """Nothing but classes as large as a list takes them: there is no room for them in the list of larger ones."""
     boxes, scores = random_boxes(classes * most, 5, 300), random_scores(classes * most, 5)
     groups = torch.arange(classes * most) % classes
-    expected = _nms_cpu(boxes, scores, groups, THRESHOLDS[1])
+    expected = nms_cpu(boxes, scores, groups, THRESHOLDS[1])
     found = batched_nms(boxes.to(device), scores.to(device), groups.to(device), THRESHOLDS[1])
     assert torch.equal(found.cpu(), expected)
 
@@ -322,8 +303,8 @@ def test_any_order_of_threads_and_blocks_gives_the_same(emulator: Emulator) -> N
     corner, side = 100 * torch.stack((row % 64, row // 128), dim=1), 64 * 0.5 ** (row // 128)[:, None]
     twins = torch.cat((corner, corner + side), dim=1)
     expected = (
-        _nms_cpu(boxes, scores, groups, THRESHOLDS[1]),
-        *_nms_padded_cpu(padded, count, THRESHOLDS[1], 50),
+        nms_cpu(boxes, scores, groups, THRESHOLDS[1]),
+        *nms_padded_cpu(padded, count, THRESHOLDS[1], 50),
         (row % 128 < 64).nonzero().squeeze(1),
     )
     for seed in range(20):

@@ -1,6 +1,5 @@
 """Detections: softmax, a box per class, threshold, NMS per class and the best of all classes."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,14 +9,13 @@ from torch import Tensor
 from rcnn import boxes as box
 from rcnn.kernels import _launch
 from rcnn.kernels.checks import check_floating, check_kind, check_real, check_tensors, check_weights, check_whole
-from rcnn.kernels.nms import nms_padded, thin
+from rcnn.kernels.nms import nms_padded
+from rcnn.kernels.nms_cpu import best_kept, lay_out
 from rcnn.kernels.sorting import sort_rows
 from rcnn.structures import Detections, Proposals
 
 #: Shortest side of a detection, pixels (torchvision's).
 _MIN_SIZE = 1e-2
-#: A key behind those of all candidates.
-_LAST = 2**63 - 1
 #: Threads of a block; a warp scores a proposal.
 THREADS = 256
 SOURCE = _launch.CudaSource("detections", dtypes=(torch.float32, torch.bfloat16, torch.float16), THREADS=THREADS)
@@ -121,42 +119,30 @@ def _cpu(
     used = torch.arange(capacity, device=logits.device) < proposals.count[:, None]
     likely = (probabilities > score_threshold) & used.reshape(-1, 1)
     likely[:, 0] = False
-    # Candidates come by (proposal, class): so they stand at equal scores, because the sorts are stable.
+    # By image and falling score: the bits of a float that is not negative rise with it. Candidates come by (proposal,
+    # class), and so they stand at equal scores, because the sort is stable.
     entry = likely.flatten().nonzero().squeeze(1)
-    row = torch.div(entry, classes, rounding_mode="floor")
-    image, label = torch.div(row, capacity, rounding_mode="floor"), entry - row * classes
     scores = probabilities.flatten().index_select(0, entry)
-    picked = deltas.reshape(-1, 4).index_select(0, entry).to(torch.float32)
-    decoded = box.decode(picked, proposals.boxes.reshape(-1, 4).index_select(0, row), box_weights)
-    boxes = box.clip(decoded, image_sizes.index_select(0, image))
-    # The area is finite only if all coordinates are; clipping would hide that they were not.
-    x1, y1, x2, y2 = boxes.unbind(1)
-    large = torch.minimum(x2 - x1, y2 - y1) >= _MIN_SIZE
-    usable = large & (box.area(decoded).abs() < math.inf)
+    image = torch.div(entry, capacity * classes, rounding_mode="floor")
+    order = ((image << 32) - scores.view(torch.int32)).sort(stable=True).indices
+    entry, scores, image = (x.index_select(0, order) for x in (entry, scores, image))
+    label = entry % classes
 
-    # The bits of a float that is not negative rise with it.
-    falling = ~scores.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-    key = (image * classes + label << 32) + falling
-    key, order = torch.where(usable, key, _LAST).sort(stable=True)
-    number = int(usable.sum())
-    key, order = key[:number], order[:number]
-    kept = thin(boxes.index_select(0, order), key >> 32, iou_threshold, detections_per_image)
+    def decode(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        source = entry.index_select(0, chosen)
+        row = torch.div(source, classes, rounding_mode="floor")
+        picked = deltas.reshape(-1, 4).index_select(0, source).to(torch.float32)
+        references = proposals.boxes.reshape(-1, 4).index_select(0, row)
+        sizes = image_sizes.index_select(0, image.index_select(0, chosen))
+        return box.decode_inside(picked, references, sizes, min_size=_MIN_SIZE, weights=box_weights)
 
-    kept = order.index_select(0, kept).sort().values
-    key, order = ((image << 32) + falling).index_select(0, kept).sort(stable=True)
-    image, kept = key >> 32, kept.index_select(0, order)
-    count = torch.bincount(image, minlength=images)
-    slot = torch.arange(len(image), device=image.device) - (count.cumsum(0) - count).index_select(0, image)
-    best = (slot < detections_per_image).nonzero().squeeze(1)
-    row = (image * detections_per_image + slot).index_select(0, best)
-    kept = kept.index_select(0, best)
-    padded = [
-        x.new_zeros(images * detections_per_image, *x.shape[1:])
-        .index_copy_(0, row, x.index_select(0, kept))
-        .view(images, detections_per_image, *x.shape[1:])
-        for x in (boxes, scores, label)
-    ]
-    return Detections(padded[0], padded[1], padded[2], count.clamp(max=detections_per_image))
+    problem = image * classes + label
+    kept, boxes, place, count = best_kept(decode, problem, image, images, iou_threshold, detections_per_image)
+    boxes, scores, label = (
+        lay_out(x, place, images, detections_per_image)
+        for x in (boxes, scores.index_select(0, kept), label.index_select(0, kept))
+    )
+    return Detections(boxes, scores, label, count)
 
 
 def _cuda(

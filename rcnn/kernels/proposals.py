@@ -1,5 +1,6 @@
 """Proposals: the best boxes of the region proposal network, decoded, clipped, filtered and thinned per level."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,8 @@ from torch import Tensor
 from rcnn import boxes as box
 from rcnn.kernels import _launch
 from rcnn.kernels.checks import check_floating, check_real, check_sequence, check_tensors, check_whole
-from rcnn.kernels.nms import nms_padded, thin
+from rcnn.kernels.nms import nms_padded
+from rcnn.kernels.nms_cpu import best_kept, lay_out
 from rcnn.kernels.sorting import sort_rows
 from rcnn.structures import Proposals
 
@@ -129,34 +131,24 @@ def _cpu(
     # (B, L, M), each level padded by -1.
     index = torch.stack([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=-1) for part in selected], 1)
     index = index.reshape(images, -1)
-    row = index.clamp(min=0)
-    scores = objectness.gather(1, row).to(torch.float32)
-    picked = deltas.gather(1, row[..., None].expand(-1, -1, 4)).to(torch.float32)
-    decoded = box.decode(picked, anchors[row])
-    # The area is finite only if all coordinates are; clipping would hide that they were not.
-    usable = (index >= 0) & scores.isfinite() & box.area(decoded).isfinite()
-    clipped = box.clip(decoded, image_sizes)
-    usable &= (clipped[..., 2] - clipped[..., 0] >= min_size) & (clipped[..., 3] - clipped[..., 1] >= min_size)
+    scores = objectness.gather(1, index.clamp(min=0)).to(torch.float32)
+    usable = (index >= 0) & scores.isfinite()
+    # By falling score; what is dropped comes last. The levels stand in the order of the anchors, so do equal scores.
+    order = torch.where(usable, scores, -math.inf).sort(dim=1, descending=True, stable=True).indices
+    used = torch.arange(levels * width, device=order.device) < usable.sum(dim=1, keepdim=True)
+    source = (order + torch.arange(images, device=order.device)[:, None] * (levels * width))[used]
+    image, problem = (torch.div(source, rows, rounding_mode="floor") for rows in (levels * width, width))
+    index, scores = index.flatten().index_select(0, source), scores.flatten().index_select(0, source)
 
-    # One problem of NMS per image and level. The levels stand in the order of the anchors, and so do equal scores.
-    source = usable.flatten().nonzero().squeeze(1)
-    boxes, scores = clipped.reshape(-1, 4)[source], scores.flatten()[source]
-    problem = torch.div(source, width, rounding_mode="floor")
-    kept = thin(boxes, problem, iou_threshold, post_nms_top_n).sort().values
-    kept = kept[scores[kept].sort(descending=True, stable=True).indices]
-    image, order = torch.div(source[kept], levels * width, rounding_mode="floor").sort(stable=True)
-    kept = kept[order]
-    total = torch.bincount(image, minlength=images)
-    slot = torch.arange(len(image), device=image.device) - (total.cumsum(0) - total)[image]
-    first = slot < post_nms_top_n
-    place, kept = (image[first], slot[first]), kept[first]
-    result = Proposals(
-        boxes=boxes.new_zeros(images, post_nms_top_n, 4),
-        scores=scores.new_zeros(images, post_nms_top_n),
-        count=total.clamp(max=post_nms_top_n),
-    )
-    result.boxes[place], result.scores[place] = boxes[kept], scores[kept]
-    return result
+    def decode(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        row, at = index.index_select(0, chosen), image.index_select(0, chosen)
+        picked = deltas.reshape(-1, 4).index_select(0, at * objectness.shape[1] + row).to(torch.float32)
+        references, sizes = anchors.index_select(0, row), image_sizes.index_select(0, at)
+        return box.decode_inside(picked, references, sizes, min_size=min_size)
+
+    kept, boxes, place, count = best_kept(decode, problem, image, images, iou_threshold, post_nms_top_n)
+    boxes, scores = (lay_out(x, place, images, post_nms_top_n) for x in (boxes, scores.index_select(0, kept)))
+    return Proposals(boxes, scores, count)
 
 
 def _select(objectness: Tensor, level_sizes: Sequence[int], pre_nms_top_n: int) -> list[Tensor]:

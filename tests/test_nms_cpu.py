@@ -1,0 +1,74 @@
+"""What the CPU body of NMS does for other ops: the best of each image, from as few candidates as decide it."""
+
+import pytest
+import reference
+import torch
+from torch import Tensor
+
+from rcnn import boxes as geometry
+from rcnn.kernels.nms_cpu import _overlaps, _table, best_kept, lay_out
+
+
+def test_iou_is_that_of_boxes_to_the_bit() -> None:
+    generator = torch.Generator().manual_seed(3)
+    corner = torch.rand(200, 2, generator=generator) * 300
+    boxes = torch.cat((corner, corner + torch.rand(200, 2, generator=generator) * 200), dim=1)
+    iou = geometry.iou(boxes[:, None], boxes[None])
+    table = _table(boxes)
+    for threshold in iou[iou > 0][::1009].tolist():
+        assert torch.equal(_overlaps(table, table, threshold), iou > threshold)
+
+
+def greedy(boxes: Tensor, usable: Tensor, problem: Tensor, rows: list[int], most: int) -> list[int]:
+    """The first rows of one image that the oracle keeps in any of its problems."""
+    found: list[int] = []
+    for which in set(problem[rows].tolist()):
+        own = [row for row in rows if problem[row] == which and usable[row]]
+        found += [own[place] for place in reference.thin(boxes[own].tolist(), 0.4)]
+    return sorted(found)[:most]
+
+
+@pytest.mark.parametrize("most", [1, 3, 10, 200])
+def test_the_best_of_each_image(most: int) -> None:
+    # Few boxes of the second image are kept, the third has none of use, the fourth none.
+    sizes, side = [300, 150, 90, 0, 40], torch.tensor([400.0, 12.0, 50.0, 50.0, 400.0])
+    image = torch.repeat_interleave(torch.arange(5), torch.tensor(sizes))
+    generator = torch.Generator().manual_seed(most)
+    corner = (torch.rand(len(image), 2, generator=generator) * side[image, None]).round()
+    boxes = torch.cat((corner, corner + 30), dim=1)
+    problem = image * 3 + torch.randint(0, 3, image.shape, generator=generator)
+    usable = (torch.rand(image.shape, generator=generator) < 0.8) & (image != 2)
+    boxes[~usable] = torch.nan
+    asked = []
+
+    def decode(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(torch.bincount(image[chosen], minlength=5).tolist())
+        return boxes[chosen], usable[chosen]
+
+    kept, found, place, count = best_kept(decode, problem, image, 5, 0.4, most)
+
+    expected = [greedy(boxes, usable, problem, (image == i).nonzero().flatten().tolist(), most) for i in range(5)]
+    assert kept.tolist() == sum(expected, [])
+    assert torch.equal(found, boxes[kept])
+    assert count.tolist() == [len(rows) for rows in expected]
+    assert place.tolist() == [i * most + slot for i, rows in enumerate(expected) for slot in range(len(rows))]
+    # Twice as many as can be reported, then four times as many again while an image lacks some and has more: the
+    # third up to all of its 90, the second, where at least 10 are asked for, up to all of its 150.
+    best = 2 * most
+    for each in asked:
+        assert each == [min(best, size) for size in sizes]
+        best *= 4
+    assert len(asked) == {1: 4, 3: 3, 10: 3, 200: 1}[most]
+
+
+def test_no_candidates() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    kept, found, place, count = best_kept(lambda _: (torch.zeros(0, 4), none > 0), none, none, 2, 0.5, 3)
+    assert len(kept) == len(found) == len(place) == 0
+    assert count.tolist() == [0, 0]
+    assert lay_out(found, place, 2, 3).tolist() == torch.zeros(2, 3, 4).tolist()
+
+
+def test_rows_lie_in_their_places() -> None:
+    laid = lay_out(torch.tensor([5, 6, 7]), torch.tensor([0, 1, 4]), 2, 3)
+    assert laid.tolist() == [[5, 6, 0], [0, 7, 0]]
