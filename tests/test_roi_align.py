@@ -205,15 +205,19 @@ def test_no_region(device: torch.device) -> None:
     assert roi_align(maps[:, :0], torch.zeros(3, 5, device=device), 2).shape == (3, 0, 2, 2)
 
 
-def test_long_lists_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("ratio", [-1, 2])
+def test_long_lists_are_cut(ratio: int, inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     maps = torch.randn(2, 3, 12, 12, dtype=torch.float64, requires_grad=True)
     rois = random_regions(30, 2, 12, seed=2)
-    output = roi_align(maps, rois, 4)
+    if inside:
+        rois[:, 1:].clamp_(0, 12)
+    output = roi_align(maps, rois, 4, 1.0, ratio)
     grad = torch.randn(output.shape, dtype=torch.float64)
     (whole,) = torch.autograd.grad(output, maps, grad)
     for listed in (1, 500):
         monkeypatch.setattr(roi_align_cpu, "LISTED", listed)
-        cut = roi_align(maps, rois, 4)
+        cut = roi_align(maps, rois, 4, 1.0, ratio)
         assert torch.equal(cut, output)
         # Up to 30 parts are summed one after the other.
         torch.testing.assert_close(torch.autograd.grad(cut, maps, grad)[0], whole, rtol=0, atol=30 * 30 * 2.3e-16)
@@ -233,6 +237,30 @@ def test_levels(channels_last: bool, device: torch.device) -> None:
         used.add(level)
         assert torch.equal(row, roi_align(maps[level - 3], roi[None], (3, 2), scales[level - 3], 2)[0])
     assert used == {3, 4, 5}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("ratio", [-1, 2])
+def test_one_table_for_all_maps_changes_nothing(
+    ratio: int, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The maps are smaller than the output, so that the CPU body reads them as one table."""
+    sides = (32, 16, 8)
+    maps = [torch.randn(2, 3, n, n + 3, generator=torch.Generator().manual_seed(n)) for n in sides]
+    maps = [x.contiguous(memory_format=LAST if channels_last else torch.contiguous_format) for x in maps]
+    maps = [x.requires_grad_(n != 16) for x, n in zip(maps, sides, strict=True)]
+    needed = [x for x in maps if x.requires_grad]
+    rois = random_regions(90, 2, 300, seed=12).float()
+    found = []
+    for joined in (True, False):
+        if not joined:
+            monkeypatch.setattr(roi_align_cpu, "_joined", lambda shapes, _: len(shapes) == 1)
+        assert roi_align_cpu._joined([x.shape for x in maps], 90 * 7 * 6) == joined
+        output = multiscale_roi_align(maps, rois, (7, 6), (1 / 8, 1 / 16, 1 / 32), ratio)
+        found.append((output, *torch.autograd.grad(output.square().sum(), needed)))
+    for one, many in zip(*found, strict=True):
+        assert torch.equal(one, many)
+        assert one.is_contiguous(memory_format=LAST) == channels_last
 
 
 def test_level_at_the_canonical_size(device: torch.device) -> None:

@@ -69,30 +69,27 @@ def forward_cpu(features: Sequence[Tensor], rois: Tensor, place: Placement) -> t
     else:
         level, order = torch.sort(level, stable=True)
         rois, counts = rois[order], torch.bincount(level, minlength=len(features))
-    shape = torch.tensor([x[2:] for x in shapes], device=rois.device, dtype=torch.int32)[level]
-    y, x = _axes(rois, torch.tensor(place.scales, dtype=rois.dtype, device=rois.device)[level], shape, place)
-    base = rois[:, 0].int() * shape[:, 0] * shape[:, 1]
-    if joined:
-        before = [0, *itertools.accumulate(map(_cells, shapes[:-1]))]
-        base += torch.tensor(before, device=rois.device, dtype=torch.int32)[level]
-    stride = torch.stack((base, shape[:, 1]), dim=1)
+    before = [0, *itertools.accumulate(map(_cells, shapes[:-1]))] if joined else [0] * len(shapes)
+    maps = torch.tensor([(*shape[2:], first) for shape, first in zip(shapes, before, strict=True)], dtype=torch.int32)
+    height, width, first_cell = maps.to(rois.device).t().index_select(1, level)
+    scale = torch.tensor(place.scales, dtype=rois.dtype, device=rois.device).index_select(0, level)
+    y, x = _axes(rois, scale, torch.stack((height, width)), place)
+    stride = torch.stack((first_cell + rois[:, 0].int() * height * width, width), dim=1)
     saved = (order, counts, stride, *y, *x)
 
     values = place.size[0] * place.size[1] * channels
-    rows = rois.new_empty((len(rois), values))
     # Of one table they stand in order, and what is summed is the output.
     most = len(rois) if int((counts > 0).sum()) == 1 else max(1, SUMMED // max(1, values))
+    parts = list(_parts(counts, y, x, most))
+    rows = rois.new_empty((0 if len(parts) == 1 else len(rois), values))
     table, of_number = rows, -1
-    for number, first, last in _parts(counts, y, x, most):
+    for number, first, last in parts:
         if number != of_number:
             tables = [as_table(each) for each in (features if joined else features[number : number + 1])]
             table, of_number = tables[0] if len(tables) == 1 else torch.cat(tables), number
         cell, weight, offset = _expand(y, x, stride, first, last)
         part = _gather(table, cell, weight, offset).view(last - first, values)
-        if last - first == len(rois):
-            rows = part
-        else:
-            rows.index_copy_(0, order[first:last], part)
+        rows = part if len(parts) == 1 else rows.index_copy_(0, order[first:last], part)
     output = as_map(rows, (len(rois), channels, *place.size), features[0].dtype, channels_last(features[0]))
     return output, saved
 
@@ -176,48 +173,52 @@ def _parts(counts: Tensor, y: _Axis, x: _Axis, most: int) -> Iterator[tuple[int,
 
 
 def _axes(rois: Tensor, scale: Tensor, shape: Tensor, place: Placement) -> tuple[_Axis, _Axis]:
-    """Cells and weights in y and x of ``(R, 5)`` regions, on maps of scale ``(R,)`` and shape ``(R, 2)``."""
+    """Cells and weights in y and x of ``(R, 5)`` regions, on maps of scale ``(R,)`` and shape ``(2, R)``."""
     ratio, offset = place.sampling_ratio, 0.5 if place.aligned else 0.0
     # (2, R) each, y before x.
-    low, high = rois.t()[1:].view(2, 2, -1).flip(1) * scale - offset
+    low, high = rois.t().contiguous()[1:].view(2, 2, -1).flip(1) * scale - offset
     extent = high - low
-    finite = torch.isfinite(extent)  # then all of them are
-    start, extent = torch.where(finite, low, 0), torch.where(finite, extent, 0)
+    finite = torch.isfinite(extent)  # then both ends are
+    start, extent = torch.where(finite, low, -math.inf), torch.where(finite, extent, 0)
     if not place.aligned:
         extent = extent.clamp(min=1)
     step = extent / extent.new_tensor(place.size)[:, None]
+    if 0 < ratio <= FEW:
+        return _few(start, step, shape, place)
     grid = torch.where(finite, ratio if ratio > 0 else torch.ceil(step).clamp(0, MOST).long(), 0)
-    each = list(zip(start, step, grid, shape.t().contiguous(), place.size, strict=True))
-    if not 0 < ratio <= FEW:
-        return _merged(*each[0]), _merged(*each[1])
-    listed = [_few(*arguments, ratio) for arguments in each]
-    whole = all(bool(inside.all()) for _, _, inside in listed)
-    y, x = (_rectangular(*axis) if whole else _ragged(*axis) for axis in listed)
+    y, x = (_merged(*each) for each in zip(start, step, grid, shape, place.size, strict=True))
     return y, x
 
 
-def _few(
-    start: Tensor, step: Tensor, grid: Tensor, size: Tensor, bins: int, ratio: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Both cells of each sample ``(R, bins, 2 * ratio)`` int32, their weights, and whether the sample counts."""
-    # Computed as (samples, bins, R): a loop over two samples inside would take longer than its work.
-    bin, number = (
-        torch.arange(bins, device=size.device)[:, None],
-        torch.arange(ratio, device=size.device)[:, None, None],
+def _few(start: Tensor, step: Tensor, shape: Tensor, place: Placement) -> tuple[_Axis, _Axis]:
+    """Both cells of each sample, in rectangles unless a sample lies outside; everything given is ``(2, R)``."""
+    ratio, most = place.sampling_ratio, max(place.size)
+    bin = torch.arange(most, device=shape.device).repeat_interleave(ratio)
+    number = torch.arange(ratio, device=shape.device).repeat(most)
+    start, step, limit = (x[..., None] for x in (start, step, shape))
+    position = start + bin * step + (number + 0.5) * step / ratio
+    inside = (position >= -1) & (position <= limit)
+    before, after, fraction = _between(position, limit)
+    # (2, R, bins, 2 * ratio)
+    cell, weight = (
+        torch.stack(pair, dim=3).view(2, -1, most, 2 * ratio) for pair in ((before, after), (1 - fraction, fraction))
     )
-    position = _position(start, step, grid.clamp(min=1), bin, number)
-    inside = (position >= -1) & (position <= size) & (grid > 0)
-    before, after, fraction = _between(position, size)
-    cell, weight = torch.cat((before, after)), torch.cat((1 - fraction, fraction)) / ratio
-    return cell.permute(2, 1, 0), weight.permute(2, 1, 0), inside.repeat(2, 1, 1).permute(2, 1, 0)
+    axes = [(cell[i, :, :bins], weight[i, :, :bins] / ratio) for i, bins in enumerate(place.size)]
+    counted = [inside[i, :, : bins * ratio] for i, bins in enumerate(place.size)]
+    if all(bool(each.all()) for each in counted):
+        y, x = (_rectangle(*axis) for axis in axes)
+    else:
+        y, x = (_inner(*axis, each.repeat_interleave(2, dim=1)) for axis, each in zip(axes, counted, strict=True))
+    return y, x
 
 
-def _rectangular(cell: Tensor, weight: Tensor, inside: Tensor) -> _Axis:
-    length = inside.new_full((), cell.shape[2], dtype=torch.int32).expand(cell.shape[:2])
+def _rectangle(cell: Tensor, weight: Tensor) -> _Axis:
+    length = cell.new_full((), cell.shape[2]).expand(cell.shape[:2])
     return _Axis(cell, weight, length, length)
 
 
-def _ragged(cell: Tensor, weight: Tensor, inside: Tensor) -> _Axis:
+def _inner(cell: Tensor, weight: Tensor, inside: Tensor) -> _Axis:
+    inside = inside.reshape(cell.shape)
     length = inside.sum(dim=2).int()
     start = (length.flatten().cumsum(0) - length.flatten()).view(length.shape)
     return _Axis(cell[inside], weight[inside], length, start.int())
@@ -262,10 +263,10 @@ def _position(start: Tensor, step: Tensor, parts: Tensor, bin: Tensor, number: T
 
 def _between(position: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cells before and after samples, int32, and how far a sample lies from the first to the second."""
-    position, last = torch.minimum(position.clamp(min=0), limit), limit - 1
-    before = torch.minimum(position.int(), last)
-    after = torch.minimum(before + 1, last)
-    return before, after, (position - before).masked_fill_(after == before, 0)
+    last = limit - 1
+    position = torch.minimum(position.clamp(min=0), last)
+    before = position.int()
+    return before, torch.minimum(before + 1, last), position - before
 
 
 def _inside(start: Tensor, step: Tensor, grid: Tensor, size: Tensor, bins: int) -> tuple[Tensor, Tensor]:
