@@ -61,6 +61,15 @@ def test_the_best_of_each_image(most: int) -> None:
     assert len(asked) == {1: 4, 3: 3, 10: 3, 200: 1}[most]
 
 
+def test_the_one_behind_the_best() -> None:
+    """Of 2 * 3 + 1 candidates the last one alone is of use."""
+    usable = torch.arange(7) == 6
+    boxes = torch.tensor([[0.0, 0, 5, 5]]).expand(7, 4)
+    zeros = torch.zeros(7, dtype=torch.int64)
+    kept, _, place, count = best_kept(lambda rows: (boxes[rows], usable[rows]), zeros, zeros, 1, 0.5, 3)
+    assert (kept.tolist(), place.tolist(), count.tolist()) == ([6], [0], [1])
+
+
 def test_no_candidates() -> None:
     none = torch.zeros(0, dtype=torch.int64)
     kept, found, place, count = best_kept(lambda _: (torch.zeros(0, 4), none > 0), none, none, 2, 0.5, 3)

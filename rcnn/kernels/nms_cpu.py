@@ -115,10 +115,10 @@ def nms_padded_cpu(boxes: Tensor, count: Tensor, iou_threshold: float, max_outpu
 
 
 def _table(boxes: Tensor) -> Tensor:
-    """``(5, N)`` rows x1, y1, x2, y2, area, of float32 (or float64); a box that cannot overlap any becomes a point.
+    """``(5, N)`` rows x1, y1, x2, y2, area, of float32 (or float64).
 
-    A box whose area is not positive and finite has an IoU of 0 or NaN with every box, so it gets an area of 1 at the
-    origin and the comparison below needs no care for a union of zero.
+    A box whose area is not positive and finite, which has an IoU of 0 or NaN with every box, becomes a point without
+    area at the origin: 0 with all boxes but its like, and NaN, which is greater than nothing, with those.
     """
     boxes = boxes if boxes.dtype == torch.float64 else boxes.float()
     x1, y1, x2, y2 = boxes.unbind(1)
@@ -126,7 +126,7 @@ def _table(boxes: Tensor) -> Tensor:
     table = torch.stack((x1, y1, x2, y2, area))
     solid = (area > 0) & (area < math.inf)
     if not solid.all():
-        table.masked_fill_(~solid, 0)[4].masked_fill_(~solid, 1)
+        table.masked_fill_(~solid, 0)
     return table
 
 
