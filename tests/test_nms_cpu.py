@@ -47,27 +47,37 @@ def test_the_best_of_each_image(most: int) -> None:
 
     kept, found, place, count = best_kept(decode, problem, image, 5, 0.4, most)
 
-    expected = [greedy(boxes, usable, problem, (image == i).nonzero().flatten().tolist(), most) for i in range(5)]
+    rows_of = [(image == i).nonzero().flatten().tolist() for i in range(5)]
+    expected = [greedy(boxes, usable, problem, rows, most) for rows in rows_of]
     assert kept.tolist() == sum(expected, [])
     assert torch.equal(found, boxes[kept])
     assert count.tolist() == [len(rows) for rows in expected]
     assert place.tolist() == [i * most + slot for i, rows in enumerate(expected) for slot in range(len(rows))]
-    # Twice as many as can be reported, then four times as many again while an image lacks some and has more: the
-    # third up to all of its 90, the second, where at least 10 are asked for, up to all of its 150.
-    best = 2 * most
-    for each in asked:
-        assert each == [min(best, size) for size in sizes]
-        best *= 4
-    assert len(asked) == {1: 4, 3: 3, 10: 3, 200: 1}[most]
+    # Of more than four times as many as can be reported the best, twice as many; then, where these leave too few of an
+    # image, what they leave and all others.
+    best = [rows[: 2 * most] if len(rows) > 4 * most else rows for rows in rows_of]
+    assert asked[0] == [len(rows) for rows in best]
+    left = [len(greedy(boxes, usable, problem, rows, len(rows))) for rows in best]
+    rest = [(n < most) * (len(rows) - len(some)) for n, rows, some in zip(left, rows_of, best, strict=True)]
+    assert asked[1:] == ([[n + more for n, more in zip(left, rest, strict=True)]] if any(rest) else [])
+    assert any(rest) == (most < 200)
 
 
-def test_the_one_behind_the_best() -> None:
-    """Of 2 * 3 + 1 candidates the last one alone is of use."""
-    usable = torch.arange(7) == 6
-    boxes = torch.tensor([[0.0, 0, 5, 5]]).expand(7, 4)
-    zeros = torch.zeros(7, dtype=torch.int64)
-    kept, _, place, count = best_kept(lambda rows: (boxes[rows], usable[rows]), zeros, zeros, 1, 0.5, 3)
-    assert (kept.tolist(), place.tolist(), count.tolist()) == ([6], [0], [1])
+@pytest.mark.parametrize("count", [1, 12, 13])
+def test_the_last_candidate_counts(count: int) -> None:
+    """It alone is of use; up to four times as many as can be reported are looked at together."""
+    usable = torch.arange(count) == count - 1
+    boxes = torch.tensor([[0.0, 0, 5, 5]]).expand(count, 4)
+    zeros = torch.zeros(count, dtype=torch.int64)
+    asked = []
+
+    def decode(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(chosen.tolist())
+        return boxes[chosen], usable[chosen]
+
+    kept, _, place, found = best_kept(decode, zeros, zeros, 1, 0.5, 3)
+    assert (kept.tolist(), place.tolist(), found.tolist()) == ([count - 1], [0], [1])
+    assert asked == ([list(range(count))] if count < 13 else [list(range(6)), list(range(6, 13))])
 
 
 def test_no_candidates() -> None:

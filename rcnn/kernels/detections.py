@@ -116,16 +116,18 @@ def _cpu(
     images, capacity = proposals.boxes.shape[:2]
     classes = logits.shape[1]
     probabilities = logits.to(torch.float32).softmax(dim=1)
-    used = torch.arange(capacity, device=logits.device) < proposals.count[:, None]
-    likely = (probabilities > score_threshold) & used.reshape(-1, 1)
+    likely = probabilities > score_threshold
     likely[:, 0] = False
+    for i, used in enumerate(proposals.count.tolist()):
+        if used < capacity:
+            likely[i * capacity + max(used, 0) : (i + 1) * capacity] = False
     # By image and falling score: the bits of a float that is not negative rise with it. Candidates come by (proposal,
     # class), and so they stand at equal scores, because the sort is stable.
     entry = likely.flatten().nonzero().squeeze(1)
     scores = probabilities.flatten().index_select(0, entry)
     image = torch.div(entry, capacity * classes, rounding_mode="floor")
     order = ((image << 32) - scores.view(torch.int32)).sort(stable=True).indices
-    entry, scores, image = (x.index_select(0, order) for x in (entry, scores, image))
+    entry, scores = entry.index_select(0, order), scores.index_select(0, order)
     label = entry % classes
 
     def decode(chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ A chunk of boxes is solved by iterating ``keep = ~any(keep & suppresses)`` to it
 answer because a box can only be struck by an earlier one.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -48,8 +49,8 @@ def best_kept(
 
     Args:
         decode: gives the boxes ``(n, 4)`` of candidates ``(n,)``, and ``(n,)`` bool, which of them to use; those are
-            finite. Only better candidates decide whether one is kept, so that the best of an image mostly are
-            enough, and no more of them are decoded.
+            finite. Only better candidates decide whether one is kept: where an image has more than 4 * D, the best
+            2 * D are decoded and thinned first, and the others if those leave too few.
         problem: ``(N,)`` int64, from 0 on, which problem of NMS a candidate belongs to; an image has problems of its
             own.
         image: ``(N,)`` int64, image of each candidate. Those of an image lie together, by falling score.
@@ -61,37 +62,46 @@ def best_kept(
         ``(n,)`` int64, the kept candidates in rising order; ``(n, 4)``, their boxes; ``(n,)`` int64, their rows where
         each image has D; ``(B,)`` int64, how many an image has.
     """
-    rank, total = _ranks(image, images)
-    best = 2 * max_output
-    while True:
-        chosen = (rank < best).nonzero().squeeze(1)
+
+    def thin(chosen: Tensor) -> tuple[Tensor, Tensor, list[int]]:
         boxes, usable = decode(chosen)
         group, order = torch.where(usable, problem.index_select(0, chosen), _LAST).sort(stable=True)
         number = int(usable.sum())
         order, counts = order[:number], torch.bincount(group[:number])
         kept = _solve(_table(boxes.index_select(0, order)), counts, iou_threshold, max_output)
         kept = order.index_select(0, kept).sort().values
-        place, found = _ranks(image.index_select(0, chosen.index_select(0, kept)), images)
-        if not ((found < max_output) & (total > best)).any():
-            break
-        best *= 4
-    first = (place < max_output).nonzero().squeeze(1)
-    kept, place = kept.index_select(0, first), place.index_select(0, first)
-    chosen = chosen.index_select(0, kept)
-    place += image.index_select(0, chosen) * max_output
-    return chosen, boxes.index_select(0, kept), place, found.clamp(max=max_output)
+        chosen, boxes = chosen.index_select(0, kept), boxes.index_select(0, kept)
+        return chosen, boxes, torch.bincount(image.index_select(0, chosen), minlength=images).tolist()
+
+    total = torch.bincount(image, minlength=images).tolist()
+    best = [2 * max_output if size > 4 * max_output else size for size in total]
+    starts = _starts(total)
+    kept, boxes, found = thin(_ranges(starts, best))
+    rest = [t - b if f < max_output else 0 for t, b, f in zip(total, best, found, strict=True)]
+    if any(rest):
+        # What has been struck strikes nothing, so that no more than the others are looked at again.
+        others = _ranges([start + b for start, b in zip(starts, best, strict=True)], rest)
+        kept, boxes, found = thin(torch.cat((kept, others)).sort().values)
+    count = [min(n, max_output) for n in found]
+    first = _ranges(_starts(found), count)
+    place = _ranges([i * max_output for i in range(images)], count)
+    return kept.index_select(0, first), boxes.index_select(0, first), place, torch.tensor(count, dtype=torch.int64)
+
+
+def _starts(sizes: list[int]) -> list[int]:
+    return list(itertools.accumulate(sizes, initial=0))[:-1]
+
+
+def _ranges(starts: list[int], sizes: list[int]) -> Tensor:
+    """``start..start + size`` of each, one after the other, int64."""
+    ranges = (torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=True))
+    return torch.cat([torch.arange(0), *ranges])
 
 
 def lay_out(x: Tensor, place: Tensor, images: int, rows: int) -> Tensor:
     """``(images, rows, ...)``: rows ``(n, ...)`` of what :func:`best_kept` gives, in their places, 0 elsewhere."""
     laid = x.new_zeros(images * rows, *x.shape[1:]).index_copy_(0, place, x)
     return laid.view(images, rows, *x.shape[1:])
-
-
-def _ranks(image: Tensor, images: int) -> tuple[Tensor, Tensor]:
-    """Places ``(N,)`` of rows within their image, whose rows lie together, and rows ``(B,)`` of each image."""
-    count = torch.bincount(image, minlength=images)
-    return torch.arange(len(image), device=image.device) - (count.cumsum(0) - count).index_select(0, image), count
 
 
 def nms_padded_cpu(boxes: Tensor, count: Tensor, iou_threshold: float, max_output: int) -> tuple[Tensor, Tensor]:
@@ -108,7 +118,8 @@ def nms_padded_cpu(boxes: Tensor, count: Tensor, iou_threshold: float, max_outpu
     kept = _solve(_table(boxes.flatten(0, 1)[source]), counts, iou_threshold, max_output)
     kept = source[kept.sort().values]
     problem = torch.div(kept, rows, rounding_mode="floor")
-    rank, total = _ranks(problem, problems)
+    total = torch.bincount(problem, minlength=problems)
+    rank = torch.arange(len(kept), device=boxes.device) - (total.cumsum(0) - total)[problem]
     first = rank < max_output
     keep[problem[first], rank[first]] = (kept - problem * rows)[first]
     return keep, total.clamp(max=max_output)
