@@ -79,7 +79,7 @@ def forward_cpu(features: Sequence[Tensor], rois: Tensor, place: Placement) -> t
 
     values = place.size[0] * place.size[1] * channels
     # Of one table they stand in order, and what is summed is the output.
-    most = len(rois) if int((counts > 0).sum()) == 1 else max(1, SUMMED // max(1, values))
+    most = len(rois) if max(counts.tolist()) == len(rois) else max(1, SUMMED // max(1, values))
     parts = list(_parts(counts, y, x, most))
     rows = rois.new_empty((0 if len(parts) == 1 else len(rois), values))
     table, of_number = rows, -1
@@ -200,10 +200,12 @@ def _few(start: Tensor, step: Tensor, shape: Tensor, place: Placement) -> tuple[
     inside = (position >= -1) & (position <= limit)
     before, after, fraction = _between(position, limit)
     # (2, R, bins, 2 * ratio)
+    fraction /= ratio
     cell, weight = (
-        torch.stack(pair, dim=3).view(2, -1, most, 2 * ratio) for pair in ((before, after), (1 - fraction, fraction))
+        torch.stack(pair, dim=3).view(2, -1, most, 2 * ratio)
+        for pair in ((before, after), (1 / ratio - fraction, fraction))
     )
-    axes = [(cell[i, :, :bins], weight[i, :, :bins] / ratio) for i, bins in enumerate(place.size)]
+    axes = [(cell[i, :, :bins], weight[i, :, :bins]) for i, bins in enumerate(place.size)]
     counted = [inside[i, :, : bins * ratio] for i, bins in enumerate(place.size)]
     if all(bool(each.all()) for each in counted):
         y, x = (_rectangle(*axis) for axis in axes)
