@@ -92,10 +92,12 @@ def encode(boxes: Tensor, targets: Tensor, weights: Sequence[float] = (1.0, 1.0,
     Source:
         Ren et al., Faster R-CNN (2015), equation 2; weights as in Girshick, Fast R-CNN, section 2.3.
     """
-    width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
-    target_width, target_height = targets[..., 2] - targets[..., 0], targets[..., 3] - targets[..., 1]
-    center_x, center_y = boxes[..., 0] + 0.5 * width, boxes[..., 1] + 0.5 * height
-    target_x, target_y = targets[..., 0] + 0.5 * target_width, targets[..., 1] + 0.5 * target_height
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    target_x1, target_y1, target_x2, target_y2 = targets.unbind(-1)
+    width, height = x2 - x1, y2 - y1
+    target_width, target_height = target_x2 - target_x1, target_y2 - target_y1
+    center_x, center_y = x1 + 0.5 * width, y1 + 0.5 * height
+    target_x, target_y = target_x1 + 0.5 * target_width, target_y1 + 0.5 * target_height
     wx, wy, ww, wh = weights
     return torch.stack(
         (

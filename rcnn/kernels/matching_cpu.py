@@ -6,8 +6,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rcnn import boxes as box
-
 #: Boxes in one tile; ground truth that misses the bounding box of a tile is never compared with it.
 TILE = 256
 #: Pairs of a box and a ground-truth box that are compared at once.
@@ -73,10 +71,12 @@ def _table(boxes: Tensor) -> Tensor:
     A box whose area is not positive and finite overlaps nothing. It becomes a point with an area of 1, so that no union
     is 0.
     """
-    area = box.area(boxes.movedim(0, -1))
+    x1, y1, x2, y2 = boxes
+    area = (x2 - x1) * (y2 - y1)
+    table = torch.cat((boxes, area[None]))
     solid = (area > 0) & (area < math.inf)
-    table = torch.where(solid, torch.cat((boxes, area[None])), 0.0)
-    table[4] += (~solid).to(table.dtype)
+    if not solid.all():
+        table.masked_fill_(~solid, 0)[4].masked_fill_(~solid, 1)
     return table
 
 
@@ -93,23 +93,23 @@ def _iou(table1: Tensor, table2: Tensor) -> Tensor:
 
 
 class _Truth:
-    """Ground truth with a zero box appended as the row of no box, and the image of each row (-1 for padding)."""
+    """Ground truth with an empty box appended as the row of no box, and the image of each row (-1 for padding)."""
 
     def __init__(self, gt_boxes: Tensor, gt_offsets: Tensor) -> None:
-        padded = torch.cat((gt_boxes.to(torch.float32), gt_boxes.new_zeros(1, 4, dtype=torch.float32)))
-        self.boxes = _table(padded.t())
+        table = _table(gt_boxes.to(torch.float32).t())
+        self.boxes = torch.cat((table, table.new_tensor([[0.0], [0.0], [0.0], [0.0], [1.0]])), dim=1)
         rows = torch.arange(gt_boxes.shape[0], device=gt_boxes.device)
         image = torch.searchsorted(gt_offsets.contiguous(), rows, right=True) - 1
         self.image = torch.where(image < gt_offsets.shape[0] - 1, image, -1)
 
 
 class _Tiles:
-    """Boxes cut into tiles of neighbours, each with its bounding box; the last tile repeats the last box."""
+    """Boxes cut into tiles of neighbours; the last tile repeats the last box."""
 
     def __init__(self, boxes: Tensor, images: int) -> None:
         count = boxes.shape[-2]
-        self.size = min(TILE, count)
-        self.per_image = -(-count // self.size)
+        self.per_image = -(-count // TILE)
+        self.size = -(-count // self.per_image)
         self.images = images
         self.shared = boxes.dim() == 2
         boxes = boxes.to(torch.float32).reshape(-1, count, 4)
@@ -117,8 +117,6 @@ class _Tiles:
         if missing:
             boxes = torch.cat((boxes, boxes[:, -1:].expand(-1, missing, 4)), dim=1)
         self.table = _table(boxes.permute(2, 0, 1).reshape(4, -1, self.size))
-        self.low = self.table[:2].amin(dim=2)
-        self.high = self.table[2:4].amax(dim=2)
 
     def full(self, value: float, dtype: torch.dtype) -> Tensor:
         """A ``(tiles of all images, size)`` tensor of one value."""
@@ -150,10 +148,10 @@ class _Tiles:
             )
             return
         pairs = []
+        lowest, highest = self.table[:2].amin(dim=2), self.table[2:4].amax(dim=2)
+        bounds = [corner.reshape(2, -1, self.per_image) for corner in (lowest, highest)]
         for rows in chosen.split(max(1, _PAIRS // self.per_image)):
-            low, high = self.low.reshape(2, -1, self.per_image), self.high.reshape(2, -1, self.per_image)
-            if not self.shared:
-                low, high = low[:, truth.image[rows]], high[:, truth.image[rows]]
+            low, high = bounds if self.shared else (corner[:, truth.image[rows]] for corner in bounds)
             corners = truth.boxes[:, rows, None]
             meets = (torch.minimum(high, corners[2:4]) > torch.maximum(low, corners[:2])).all(dim=0)
             row, place = meets.nonzero(as_tuple=True)

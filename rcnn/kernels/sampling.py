@@ -5,9 +5,13 @@ drawn. The arithmetic is integer and wraps; the hash is a bijection of the index
 """
 
 import math
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_Int64 = TypeVar("_Int64", Tensor, "np.ndarray[Any, np.dtype[np.int64]]")
 
 #: Streams: anchors and proposals of the same image and step get different keys.
 ANCHORS, PROPOSALS = int.from_bytes(b"anchors!", "big"), int.from_bytes(b"proposal", "big")
@@ -21,11 +25,11 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def mix(value: Tensor) -> Tensor:
+def mix(value: _Int64) -> _Int64:
     """The finaliser of splitmix64, a bijection of 64-bit integers.
 
     Args:
-        value: int64, read as unsigned.
+        value: int64 tensor or array, read as unsigned.
 
     Returns:
         int64 of the same shape.
@@ -44,14 +48,14 @@ def image_keys(stream: int, seed: int, step: Tensor, image_ids: Tensor) -> Tenso
     Args:
         stream: ``ANCHORS`` or ``PROPOSALS``.
         seed: any integer; its low 64 bits count.
-        step: ``()`` int64, number of the training step.
-        image_ids: ``(B,)`` int64, position of each image in its data set.
+        step: ``()`` int64, number of the training step, on the CPU.
+        image_ids: ``(B,)`` int64, position of each image in its data set, on the CPU.
 
     Returns:
         ``(B,)`` int64.
     """
-    start = mix(step.new_tensor(_signed(seed ^ stream)))
-    return mix(mix(start + step) + image_ids)
+    start = mix(np.array([_signed(seed ^ stream)]))
+    return torch.from_numpy(mix(mix(start + step.numpy()) + image_ids.numpy()))
 
 
 def sample(labels: Tensor, keys: Tensor, size: int, positives: int) -> tuple[Tensor, Tensor]:
