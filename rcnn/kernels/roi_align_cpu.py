@@ -51,8 +51,8 @@ class _Axis(NamedTuple):
 
     cell: Tensor  # (T,) int32, or (R, bins, K) where every bin reads K
     weight: Tensor  # float, as many
-    length: Tensor  # (R, bins) int32, cells of a bin
-    start: Tensor  # (R, bins) int32, the first of them
+    length: Tensor  # (R, bins) int32, cells of a bin; empty where every bin reads K
+    start: Tensor  # (R, bins) int32, the first of them; likewise
 
 
 def forward_cpu(features: Sequence[Tensor], rois: Tensor, place: Placement) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -160,14 +160,20 @@ def _gather(table: Tensor, index: Tensor, weight: Tensor, offset: Tensor) -> Ten
 
 def _parts(counts: Tensor, y: _Axis, x: _Axis, most: int) -> Iterator[tuple[int, int, int]]:
     """Level, first and last region of slices of ``most`` regions whose list of weighted cells stays near ``LISTED``."""
-    cells = torch.cumsum(y.length.sum(dim=1) * x.length.sum(dim=1), dim=0)
+    if y.cell.dim() == 3:
+        most, cells = min(most, max(1, LISTED // (y.cell.shape[1:].numel() * x.cell.shape[1:].numel()))), None
+    else:
+        cells = torch.cumsum(y.length.sum(dim=1) * x.length.sum(dim=1), dim=0)
     first = 0
     for level, count in enumerate(counts.tolist()):
         end = first + count
         while first < end:
-            limit = LISTED + (int(cells[first - 1]) if first else 0)
-            last = end if int(cells[end - 1]) <= limit else int(torch.searchsorted(cells[:end], limit))
-            last = min(max(last, first + 1), first + most)
+            last = end
+            if cells is not None:
+                limit = LISTED + (int(cells[first - 1]) if first else 0)
+                if int(cells[end - 1]) > limit:
+                    last = max(int(torch.searchsorted(cells[:end], limit)), first + 1)
+            last = min(last, first + most)
             yield level, first, last
             first = last
 
@@ -193,10 +199,10 @@ def _axes(rois: Tensor, scale: Tensor, shape: Tensor, place: Placement) -> tuple
 def _few(start: Tensor, step: Tensor, shape: Tensor, place: Placement) -> tuple[_Axis, _Axis]:
     """Both cells of each sample, in rectangles unless a sample lies outside; everything given is ``(2, R)``."""
     ratio, most = place.sampling_ratio, max(place.size)
-    bin = torch.arange(most, device=shape.device).repeat_interleave(ratio)
-    number = torch.arange(ratio, device=shape.device).repeat(most)
+    bin = start.new_tensor([n // ratio for n in range(most * ratio)])
+    share = start.new_tensor([n % ratio + 0.5 for n in range(most * ratio)])
     start, step, limit = (x[..., None] for x in (start, step, shape))
-    position = start + bin * step + (number + 0.5) * step / ratio
+    position = start + bin * step + share * step / ratio
     inside = (position >= -1) & (position <= limit)
     before, after, fraction = _between(position, limit)
     # (2, R, bins, 2 * ratio)
@@ -206,21 +212,15 @@ def _few(start: Tensor, step: Tensor, shape: Tensor, place: Placement) -> tuple[
         for pair in ((before, after), (1 / ratio - fraction, fraction))
     )
     axes = [(cell[i, :, :bins], weight[i, :, :bins]) for i, bins in enumerate(place.size)]
-    counted = [inside[i, :, : bins * ratio] for i, bins in enumerate(place.size)]
-    if all(bool(each.all()) for each in counted):
-        y, x = (_rectangle(*axis) for axis in axes)
+    if inside.all():
+        y, x = (_Axis(*axis, cell[:0], cell[:0]) for axis in axes)
     else:
-        y, x = (_inner(*axis, each.repeat_interleave(2, dim=1)) for axis, each in zip(axes, counted, strict=True))
+        inside = inside.repeat_interleave(2, dim=2).view_as(cell)
+        y, x = (_inner(*axis, inside[i, :, :bins]) for i, (axis, bins) in enumerate(zip(axes, place.size, strict=True)))
     return y, x
 
 
-def _rectangle(cell: Tensor, weight: Tensor) -> _Axis:
-    length = cell.new_full((), cell.shape[2]).expand(cell.shape[:2])
-    return _Axis(cell, weight, length, length)
-
-
 def _inner(cell: Tensor, weight: Tensor, inside: Tensor) -> _Axis:
-    inside = inside.reshape(cell.shape)
     length = inside.sum(dim=2).int()
     start = (length.flatten().cumsum(0) - length.flatten()).view(length.shape)
     return _Axis(cell[inside], weight[inside], length, start.int())
