@@ -203,7 +203,6 @@ def _few(start: Tensor, step: Tensor, shape: Tensor, place: Placement) -> tuple[
     share = start.new_tensor([n % ratio + 0.5 for n in range(most * ratio)])
     start, step, limit = (x[..., None] for x in (start, step, shape))
     position = start + bin * step + share * step / ratio
-    inside = (position >= -1) & (position <= limit)
     before, after, fraction = _between(position, limit)
     # (2, R, bins, 2 * ratio)
     fraction /= ratio
@@ -212,10 +211,11 @@ def _few(start: Tensor, step: Tensor, shape: Tensor, place: Placement) -> tuple[
         for pair in ((before, after), (1 / ratio - fraction, fraction))
     )
     axes = [(cell[i, :, :bins], weight[i, :, :bins]) for i, bins in enumerate(place.size)]
-    if inside.all():
+    # Each rounding keeps the order, so that all samples lie between the first and the last.
+    if _counts(torch.stack((position[..., 0], position[..., -1])), shape).all():
         y, x = (_Axis(*axis, cell[:0], cell[:0]) for axis in axes)
     else:
-        inside = inside.repeat_interleave(2, dim=2).view_as(cell)
+        inside = _counts(position, limit).repeat_interleave(2, dim=2).view_as(cell)
         y, x = (_inner(*axis, inside[i, :, :bins]) for i, (axis, bins) in enumerate(zip(axes, place.size, strict=True)))
     return y, x
 
@@ -238,7 +238,7 @@ def _merged(start: Tensor, step: Tensor, grid: Tensor, size: Tensor, bins: int) 
     region = torch.div(bag, bins, rounding_mode="floor")
     parts, limit = grid[region], size[region]
     position = _position(start[region], step[region], parts, bag - region * bins, number)
-    inside = (position >= -1) & (position <= limit)
+    inside = _counts(position, limit)
     if not bool(inside.all()):
         bag, position, parts, limit = bag[inside], position[inside], parts[inside], limit[inside]
     before, after, fraction = _between(position, limit)
@@ -261,6 +261,10 @@ def _position(start: Tensor, step: Tensor, parts: Tensor, bin: Tensor, number: T
     """Where samples of bins lie, by rising position: a reversed region runs backwards, so it is turned."""
     number = torch.where(step < 0, parts - 1 - number, number)
     return start + bin * step + (number + 0.5) * step / parts
+
+
+def _counts(position: Tensor, limit: Tensor) -> Tensor:
+    return (position >= -1) & (position <= limit)
 
 
 def _between(position: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
