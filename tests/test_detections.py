@@ -220,6 +220,18 @@ def test_padding_never_detects(device: torch.device) -> None:
         check(run(logits, deltas, found), logits, deltas, found, 0.05, 0.5, 100)
 
 
+@pytest.mark.parametrize("count", [-2, 0, 29, 30, 33])
+def test_counts_outside_the_rows_are_clamped(count: int, device: torch.device) -> None:
+    # Each of the last rows would be detected, and is told apart by its place.
+    logits, deltas, found = inputs("cpu", images=2)
+    logits[[28, 29, 58, 59]] = torch.tensor([0.0, 9, 0, 0, 0])
+    found.boxes[:, 28:] = torch.tensor([[0.0, 24, 16, 40], [24, 24, 40, 40]])
+    found.count[:] = torch.tensor([30, count])
+    clamped = Proposals(found.boxes, found.scores, found.count.clamp(0, 30))
+    result = run(logits.to(device), deltas.to(device), found.to(device))
+    check(result, logits.to(device), deltas.to(device), clamped.to(device), 0.05, 0.5, 100)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(device: torch.device, dtype: torch.dtype) -> None:
     logits, deltas, found = inputs(device)

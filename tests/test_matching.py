@@ -113,6 +113,13 @@ def test_thresholds_are_closed_below(boxed: tuple[float, ...], expected: int) ->
     assert matched.tolist() == [[0 if expected == 1 else -1]]
 
 
+def test_boxes_without_area_match_nothing() -> None:
+    truth = one([(7.0, 7.0, 7.0, 9.0), (2.0, 2.0, 2.0, 2.0)])
+    boxes = torch.tensor([[2.0, 2.0, 2.0, 2.0], [7.0, 7.0, 7.0, 9.0], [0.0, 0.0, 10.0, 10.0]])
+    labels, matched = match(boxes, *truth, high_threshold=0.7, low_threshold=0.3, allow_low_quality_matches=True)
+    assert (labels.tolist(), matched.tolist()) == ([[0, 0, 0]], [[-1, -1, -1]])
+
+
 def test_the_lowest_row_wins_a_tie() -> None:
     truth = one([(50.0, 50.0, 60.0, 60.0), (0.0, 0.0, 10.0, 8.0), (0.0, 2.0, 10.0, 10.0), (0.0, 0.0, 10.0, 8.0)])
     labels, matched = match(torch.tensor([[0.0, 0.0, 10.0, 10.0]]), *truth, high_threshold=0.7, low_threshold=0.3)

@@ -211,12 +211,17 @@ def test_long_lists_are_cut(ratio: int, inside: bool, monkeypatch: pytest.Monkey
     maps = torch.randn(2, 3, 12, 12, dtype=torch.float64, requires_grad=True)
     rois = random_regions(30, 2, 12, seed=2)
     if inside:
-        rois[:, 1:].clamp_(0, 12)
+        rois[:, 1:].clamp_(0, 11)
     output = roi_align(maps, rois, 4, 1.0, ratio)
     grad = torch.randn(output.shape, dtype=torch.float64)
     (whole,) = torch.autograd.grad(output, maps, grad)
     for listed in (1, 500):
         monkeypatch.setattr(roi_align_cpu, "LISTED", listed)
+        place = roi_align_cpu.Placement((1.0,), (4, 4), ratio, False)
+        _, (_, counts, _, *axes) = roi_align_cpu.forward_cpu([maps.detach()], rois, place)
+        y, x = roi_align_cpu._Axis(*axes[:4]), roi_align_cpu._Axis(*axes[4:])
+        assert (y.cell.dim() == 3) == (ratio == 2 and inside)
+        assert len(list(roi_align_cpu._parts(counts, y, x, 30))) >= (30 if listed == 1 else 2)
         cut = roi_align(maps, rois, 4, 1.0, ratio)
         assert torch.equal(cut, output)
         # Up to 30 parts are summed one after the other.
