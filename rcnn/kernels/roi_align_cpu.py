@@ -202,7 +202,7 @@ def _few(start: Tensor, step: Tensor, shape: Tensor, place: Placement) -> tuple[
     bin = start.new_tensor([n // ratio for n in range(most * ratio)])
     share = start.new_tensor([n % ratio + 0.5 for n in range(most * ratio)])
     start, step, limit = (x[..., None] for x in (start, step, shape))
-    position = start + bin * step + share * step / ratio
+    position = _sample(start, step, ratio, bin, share)
     before, after, fraction = _between(position, limit)
     # (2, R, bins, 2 * ratio)
     fraction /= ratio
@@ -260,7 +260,12 @@ def _merged(start: Tensor, step: Tensor, grid: Tensor, size: Tensor, bins: int) 
 def _position(start: Tensor, step: Tensor, parts: Tensor, bin: Tensor, number: Tensor) -> Tensor:
     """Where samples of bins lie, by rising position: a reversed region runs backwards, so it is turned."""
     number = torch.where(step < 0, parts - 1 - number, number)
-    return start + bin * step + (number + 0.5) * step / parts
+    return _sample(start, step, parts, bin, number + 0.5)
+
+
+def _sample(start: Tensor, step: Tensor, parts: Tensor | int, bin: Tensor, share: Tensor) -> Tensor:
+    """Position of a sample, ``share`` of ``parts`` into its bin: torchvision's operations in their order."""
+    return start + bin * step + share * step / parts
 
 
 def _counts(position: Tensor, limit: Tensor) -> Tensor:
